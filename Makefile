@@ -1,0 +1,69 @@
+# Everything a developer types. Needs Python >= 3.10 with venv, g++ and make; the rest goes to .venv.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+CONSTRAINED := $(RUN) -m pip install --constraint constraints-dev.txt
+CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# A developer wants to hear of kernels that do not build. On macOS or Windows: SCA_REQUIRE_NATIVE=0.
+export SCA_REQUIRE_NATIVE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench sanitize native clean
+
+help: ## list these targets
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+demo: native ## reconstruct two photographs from a few latents per label; writes a picture
+	$(RUN) demo/run.py
+
+test: native ## all tests
+	$(RUN) -m pytest tests -q
+
+lint: $(VENV)/.installed ## check style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/.installed ## rewrite the sources in the project's style
+	$(RUN) -m ruff check --fix-only .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+bench: native ## the benchmarks at full size
+	$(RUN) -m pytest bench/ --benchmark
+
+# Python itself is built without sanitizers, so their runtimes must be loaded before it starts;
+# libstdc++ too, or AddressSanitizer does not find the function that throws C++ exceptions. pytest
+# must leave the standard error stream alone: a finding ends the process, and its report with it.
+SANITIZED := build/sanitize
+SANITIZER_RUNTIMES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))
+SANITIZER_TESTS ?= tests
+sanitize: $(VENV)/.installed ## run the kernels' tests under AddressSanitizer and UBSan
+	SCA_SANITIZE=address,undefined $(RUN) setup.py -q build_ext \
+		--build-lib $(SANITIZED) --build-temp $(SANITIZED)
+	SCA_NATIVE_PATH=$$(echo $(CURDIR)/$(SANITIZED)/sca_kernels/_native*.so) \
+	LD_PRELOAD="$(SANITIZER_RUNTIMES)" \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 \
+	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	$(RUN) -m pytest $(SANITIZER_TESTS) -q --capture=sys -p no:faulthandler -p no:cacheprovider \
+		-m "not slow_under_sanitizer and not compiled and not subprocess"
+
+# Does nothing when csrc/ is as it was.
+native: $(VENV)/.installed
+	@$(RUN) setup.py -q build_ext --inplace
+
+# PyTorch goes first and by its exact version, so that nothing else chooses one.
+$(VENV)/.installed: pyproject.toml setup.py constraints-dev.txt
+	@$(PYTHON) -m venv $(VENV) || { echo "error: '$(PYTHON) -m venv' failed: install Python's venv \
+	module (often a package named python3-venv) or name another Python: make PYTHON=..." >&2; exit 1; }
+	$(CONSTRAINED) torch
+	$(CONSTRAINED) "setuptools>=77.0.3" "ninja>=1.11" "pybind11>=2.12"
+	$(CONSTRAINED) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info sca_kernels/_native*.so demo/output
+	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

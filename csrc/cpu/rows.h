@@ -1,0 +1,216 @@
+// Rows of channels, whatever their type and strides, as pointers to padded rows of the type that is computed in.
+//
+// A matrix that already is what the kernels want (their type, adjacent channels, a whole number of vectors) is used
+// where it lies; any other is converted row by row into scratch memory, and written back the same way.
+#pragma once
+
+#include <type_traits>
+
+#include "../sca_kernels.h"
+#include "simd.h"
+
+namespace sca::SCA_CPU_CAPABILITY {
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename Scalar>
+using ComputeType = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
+
+template <typename To, typename From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+inline float widen(Float16 value) {
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  // The exponents differ by 112; multiplying, rather than adding to the exponent, also serves subnormal numbers.
+  const float finite = bit_cast<float>(magnitude << 13) * 0x1p112f;
+  const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+  return bit_cast<float>(bit_cast<uint32_t>(finite) | special | ((value.bits & 0x8000u) << 16));
+}
+
+template <typename Scalar>
+inline Scalar narrow(ComputeType<Scalar> value) {
+  return value;
+}
+template <>
+inline BFloat16 narrow<BFloat16>(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const uint32_t quiet_nan = bits >> 16 | 0x40u;
+  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
+}
+template <>
+inline Float16 narrow<Float16>(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude + 0xc8000fffu + (magnitude >> 13 & 1u)) >> 13;
+  // Adding one half rounds to a multiple of 2^-24, the unit of the subnormal numbers.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  return {static_cast<uint16_t>((magnitude >= 0x47800000u ? special : finite) | (bits >> 16 & 0x8000u))};
+}
+
+// Calls visit(Scalar{}) for the type that a number of sca_scalar_type stands for.
+template <typename Visit>
+inline void with_scalar_type(int32_t scalar_type, const Visit& visit) {
+  switch (scalar_type) {
+    case SCA_FLOAT32: return visit(float{});
+    case SCA_FLOAT64: return visit(double{});
+    case SCA_BFLOAT16: return visit(BFloat16{});
+    case SCA_FLOAT16: return visit(Float16{});
+  }
+}
+
+template <typename T>
+constexpr int64_t padded(int64_t width) {
+  return (width + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// The tokens at consecutive positions.
+struct Positions {
+  const int32_t* order;
+  int64_t begin;
+  int64_t operator[](int64_t i) const { return order ? order[begin + i] : begin + i; }
+};
+
+// One image and head of a tensor.
+template <typename Scalar>
+struct Matrix {
+  using Compute = ComputeType<Scalar>;
+
+  Scalar* data;
+  int64_t token_stride, channel_stride, width;
+
+  bool direct() const { return std::is_same_v<Scalar, Compute> && channel_stride == 1 && width % kLanes<Compute> == 0; }
+  bool aligned() const {
+    return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && token_stride % kLanes<Compute> == 0;
+  }
+
+  // Points `rows` at the rows of the tokens, converted into `scratch` (count * padded width) where need be; then the
+  // tokens after them, of which there are `following`, are fetched meanwhile.
+  void gather(Positions tokens, int64_t count, int64_t following, Compute* scratch, Compute** rows) const {
+    locate(tokens, count, scratch, rows);
+    if (direct()) return;
+    const int64_t stride = padded<Compute>(width);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = width; c < stride; ++c) rows[i][c] = 0;
+    }
+    if (channel_stride == 1) {
+      for (int64_t i = 0; i < count; ++i) {
+        if (i < following) fetch_row(tokens[count + i]);
+        const Scalar* source = data + tokens[i] * token_stride;
+        Compute* __restrict target = rows[i];
+        for (int64_t c = 0; c < width; ++c) target[c] = widen(source[c]);
+      }
+      return;
+    }
+    for (int64_t i = 0; i < count; i += kLanes<Compute>) {
+      const Positions group = {tokens.order, tokens.begin + i};
+      const int64_t size = count - i < kLanes<Compute> ? count - i : kLanes<Compute>;
+      const bool squares = size == kLanes<Compute> && consecutive(group);
+      const int64_t in_squares = squares ? width / kLanes<Compute> * kLanes<Compute> : 0;
+      const int64_t next = i + kLanes<Compute> < count + following ? tokens[i + kLanes<Compute>] : group[0];
+      for (int64_t c = 0; c < in_squares; c += kLanes<Compute>) {
+        gather_square(group[0], next, c, rows + i);
+      }
+      for (int64_t c = in_squares; c < width; ++c) {
+        const Scalar* source = data + c * channel_stride;
+        for (int64_t k = 0; k < size; ++k) rows[i + k][c] = widen(source[group[k] * token_stride]);
+      }
+    }
+  }
+
+  // Points `rows` at where the rows of the tokens are to be written: in place, or in `scratch` until `scatter`.
+  void locate(Positions tokens, int64_t count, Compute* scratch, Compute** rows) const {
+    const int64_t stride = padded<Compute>(width);
+    for (int64_t i = 0; i < count; ++i) rows[i] = scratch + i * stride;
+    if constexpr (std::is_same_v<Scalar, Compute>) {
+      if (direct()) {
+        for (int64_t i = 0; i < count; ++i) rows[i] = data + tokens[i] * token_stride;
+      }
+    }
+  }
+
+  void scatter(Positions tokens, int64_t count, const Compute* scratch) const {
+    if (direct()) return;
+    const int64_t stride = padded<Compute>(width);
+    if (channel_stride == 1) {
+      for (int64_t i = 0; i < count; ++i) {
+        const Compute* source = scratch + i * stride;
+        Scalar* __restrict target = data + tokens[i] * token_stride;
+        for (int64_t c = 0; c < width; ++c) target[c] = narrow<Scalar>(source[c]);
+      }
+      return;
+    }
+    for (int64_t i = 0; i < count; i += kLanes<Compute>) {
+      const Positions group = {tokens.order, tokens.begin + i};
+      const int64_t size = count - i < kLanes<Compute> ? count - i : kLanes<Compute>;
+      const bool squares = size == kLanes<Compute> && consecutive(group);
+      const int64_t in_squares = squares ? width / kLanes<Compute> * kLanes<Compute> : 0;
+      const Compute* rows = scratch + i * stride;
+      for (int64_t c = 0; c < in_squares; c += kLanes<Compute>) scatter_square(group[0], c, rows, stride);
+      for (int64_t c = in_squares; c < width; ++c) {
+        Scalar* target = data + c * channel_stride;
+        for (int64_t k = 0; k < size; ++k) target[group[k] * token_stride] = narrow<Scalar>(rows[k * stride + c]);
+      }
+    }
+  }
+
+ private:
+  // Whether a channel of the next kLanes tokens is one vector in memory.
+  bool consecutive(Positions tokens) const {
+    bool result = token_stride == 1;
+    for (int64_t i = 1; i < kLanes<Compute>; ++i) result &= tokens[i] == tokens[0] + i;
+    return result;
+  }
+
+  void gather_square(int64_t token, int64_t next_token, int64_t channel, Compute* const* rows) const {
+    Vector<Compute> square[kLanes<Compute>];
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < kLanes<Compute>; ++k) {
+      const Scalar* source = data + (channel + k) * channel_stride;
+      __builtin_prefetch(source + next_token, 0, 2);
+      Compute lanes[kLanes<Compute>];
+      for (int64_t i = 0; i < kLanes<Compute>; ++i) lanes[i] = widen(source[token + i]);
+      square[k] = load(lanes);
+    }
+    transpose<Compute>(square);
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < kLanes<Compute>; ++k) store<Compute>(rows[k] + channel, square[k]);
+  }
+
+  void scatter_square(int64_t token, int64_t channel, const Compute* rows, int64_t row_stride) const {
+    Vector<Compute> square[kLanes<Compute>];
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < kLanes<Compute>; ++k) square[k] = load(rows + k * row_stride + channel);
+    transpose<Compute>(square);
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < kLanes<Compute>; ++k) {
+      Compute lanes[kLanes<Compute>];
+      store<Compute>(lanes, square[k]);
+      Scalar* target = data + (channel + k) * channel_stride + token;
+      for (int64_t i = 0; i < kLanes<Compute>; ++i) target[i] = narrow<Scalar>(lanes[i]);
+    }
+  }
+
+  void fetch_row(int64_t token) const {
+    const char* row = reinterpret_cast<const char*>(data + token * token_stride);
+    for (int64_t byte = 0; byte < width * int64_t{sizeof(Scalar)}; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+};
+
+}  // namespace
+}  // namespace sca::SCA_CPU_CAPABILITY

@@ -1,0 +1,204 @@
+// Vectors of the instruction set a source is compiled for, written with the compiler's vector types so that one text
+// serves all of them. Everything has internal linkage: an inline function shared between objects compiled for
+// different instruction sets would be linked once, for all of them.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <utility>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace sca::SCA_CPU_CAPABILITY {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int64_t kVectorBytes = 32;
+#else
+constexpr int64_t kVectorBytes = 16;
+#endif
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+template <typename T>
+constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
+
+template <typename T>
+struct FloatTraits;
+template <>
+struct FloatTraits<float> {
+  using Bits = int32_t;
+  static constexpr int kMantissaBits = 23;
+  static constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kExpLowest = -87.0f;     // exp is taken as zero below: 2^-126 is the smallest normal number
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr int kExpDegree = 7;
+};
+template <>
+struct FloatTraits<double> {
+  using Bits = int64_t;
+  static constexpr int kMantissaBits = 52;
+  static constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kExpLowest = -708.0;
+  static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
+  static constexpr int kExpDegree = 13;
+};
+
+template <typename T>
+inline Vector<T> load(const T* source) {
+  Vector<T> result;
+  __builtin_memcpy(&result, source, sizeof(result));
+  return result;
+}
+
+template <typename T>
+inline void store(T* target, Vector<T> value) {
+  __builtin_memcpy(target, &value, sizeof(value));
+}
+
+template <typename T>
+inline Vector<T> broadcast(T value) {
+  return value - Vector<T>{};
+}
+
+// Stores past the caches. `target` is aligned to kVectorBytes.
+template <typename T>
+inline void stream(T* target, Vector<T> value) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(target), reinterpret_cast<__m512i>(value));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(target), reinterpret_cast<__m256i>(value));
+#elif defined(__SSE2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(target), reinterpret_cast<__m128i>(value));
+#else
+  store(target, value);
+#endif
+}
+
+// Makes streamed stores visible to the threads that the caller synchronises with.
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <typename T>
+inline Vector<T> maximum(Vector<T> a, Vector<T> b) {
+  return a > b ? a : b;
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+template <typename T, int... kIndex>
+inline Vector<T> shuffle(Vector<T> a, Vector<T> b, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(a, b, kIndex...);
+}
+#else
+template <typename T, int... kIndex>
+inline Vector<T> shuffle(Vector<T> a, Vector<T> b, std::integer_sequence<int, kIndex...>) {
+  return __builtin_shuffle(a, b, Vector<typename FloatTraits<T>::Bits>{kIndex...});
+}
+#endif
+
+template <int kFirst, int kStep, int... kIndex>
+constexpr std::integer_sequence<int, (kFirst + kStep * kIndex)...> arithmetic(std::integer_sequence<int, kIndex...>) {
+  return {};
+}
+// First lanes of two vectors from kFirst on, taken in turn.
+template <typename T, int kFirst, int... kIndex>
+constexpr std::integer_sequence<int, (kFirst + kIndex / 2 + kIndex % 2 * static_cast<int>(kLanes<T>))...> interleave(
+    std::integer_sequence<int, kIndex...>) {
+  return {};
+}
+template <typename T>
+using LaneSequence = std::make_integer_sequence<int, static_cast<int>(kLanes<T>)>;
+
+// Swaps rows and columns of a square of kLanes vectors: in each step every vector of the first half is interleaved with
+// its partner of the second.
+template <typename T>
+inline void transpose(Vector<T>* square) {
+  constexpr int64_t kHalf = kLanes<T> / 2;
+  constexpr auto kLow = interleave<T, 0>(LaneSequence<T>{});
+  constexpr auto kHigh = interleave<T, static_cast<int>(kHalf)>(LaneSequence<T>{});
+#pragma GCC unroll 4
+  for (int64_t step = 1; step < kLanes<T>; step *= 2) {
+    Vector<T> before[kLanes<T>];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes<T>; ++i) before[i] = square[i];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kHalf; ++i) {
+      square[2 * i] = shuffle<T>(before[i], before[i + kHalf], kLow);
+      square[2 * i + 1] = shuffle<T>(before[i], before[i + kHalf], kHigh);
+    }
+  }
+}
+
+// Lane i of the result is the sum of all lanes of terms[i]. Overwrites terms.
+template <typename T>
+inline Vector<T> sum_each(Vector<T>* terms) {
+  constexpr auto kEven = arithmetic<0, 2>(LaneSequence<T>{});
+  constexpr auto kOdd = arithmetic<1, 2>(LaneSequence<T>{});
+#pragma GCC unroll 8
+  for (int64_t count = kLanes<T> / 2; count > 0; count /= 2) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < count; ++i) {
+      const Vector<T> a = terms[2 * i], b = terms[2 * i + 1];
+      terms[i] = shuffle<T>(a, b, kEven) + shuffle<T>(a, b, kOdd);
+    }
+  }
+  return terms[0];
+}
+
+template <typename T>
+inline T sum_lanes(Vector<T> value) {
+  T lanes[kLanes<T>];
+  store(lanes, value);
+  for (int64_t step = kLanes<T> / 2; step > 0; step /= 2) {
+    for (int64_t i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  }
+  return lanes[0];
+}
+
+template <typename T>
+inline T max_lanes(Vector<T> value) {
+  T lanes[kLanes<T>];
+  store(lanes, value);
+  for (int64_t step = kLanes<T> / 2; step > 0; step /= 2) {
+    for (int64_t i = 0; i < step; ++i) lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
+  }
+  return lanes[0];
+}
+
+// e^x for x <= 0 (and slightly above), NaN for NaN. Within 2 units in the last place; zero where e^x is subnormal.
+template <typename T>
+inline Vector<T> exp(Vector<T> x) {
+  using Traits = FloatTraits<T>;
+  using BitVector = Vector<typename Traits::Bits>;
+  const Vector<T> lowest = broadcast<T>(Traits::kExpLowest);
+  // Written so that NaN fails every comparison and passes through.
+  const Vector<T> clamped = x < lowest ? lowest : x;
+  const Vector<T> shifted = clamped * static_cast<T>(1.4426950408889634) + Traits::kRounder;
+  const Vector<T> exponent = shifted - Traits::kRounder;
+  const Vector<T> rest = (clamped - exponent * Traits::kLn2High) - exponent * Traits::kLn2Low;
+  constexpr double kInverseFactorial[] = {
+      1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+      1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800.0};
+  Vector<T> power = broadcast<T>(static_cast<T>(kInverseFactorial[Traits::kExpDegree]));
+#pragma GCC unroll 16
+  for (int i = Traits::kExpDegree - 1; i >= 0; --i) power = power * rest + static_cast<T>(kInverseFactorial[i]);
+  // The low bits of `shifted` hold the exponent as an integer; moved up they multiply by a power of two.
+  const BitVector scaled =
+      reinterpret_cast<BitVector>(power) + (reinterpret_cast<BitVector>(shifted) << Traits::kMantissaBits);
+  return x < lowest ? Vector<T>{} : reinterpret_cast<Vector<T>>(scaled);
+}
+
+}  // namespace
+}  // namespace sca::SCA_CPU_CAPABILITY

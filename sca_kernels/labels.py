@@ -1,0 +1,414 @@
+"""What the operators are told about labels: a label for every pixel, and a number of latents for every label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+from .tracing import is_recording
+
+_MAX_PIXELS = 2**31 - 1  # a plan names pixels with 32 bit integers
+
+
+class LabelPlan(NamedTuple):
+    """The pixels of B label maps of n pixels, grouped. All shapes follow from (B, n, s labels, tile size) alone.
+
+    Attributes:
+        order: (B, n) int32, the pixels sorted by label, then by tile, then by position in the image; pixels without a
+            label come last.
+        offsets: (B, s + 1) int64: the pixels of label l are order[b, offsets[b, l] : offsets[b, l + 1]].
+        tile_counts: (B, tiles) int32: number of segments (labels, "none" included) in each tile.
+        tile_segments: (B, tiles, min(tile pixels, s + 1), 3) int32: of each segment, in ascending order of labels with
+            -1 ("none") last, the label, its first position in ``order`` and its number of pixels. Unused ones are
+            arbitrary.
+    """
+
+    order: Tensor
+    offsets: Tensor
+    tile_counts: Tensor
+    tile_segments: Tensor
+
+
+def tile_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of the tiles that an image is cut into: two-dimensional, so that a tile holds few labels."""
+    if height >= 64 or width >= 64:
+        return 8, 32
+    if height >= 32 or width >= 32:
+        return 8, 16
+    return 8, 8
+
+
+def plan_shapes(
+    labels: Tensor, num_labels: int, tile_height: int, tile_width: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The shapes of the four tensors of a plan for labels of shape (B, H, W)."""
+    batch, height, width = labels.shape
+    tiles = -(-height // tile_height) * -(-width // tile_width)
+    room = min(tile_height * tile_width, num_labels + 1)
+    return (batch, height * width), (batch, num_labels + 1), (batch, tiles), (batch, tiles, room, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelMap:
+    """The semantic label of every pixel of a batch of images.
+
+    Made with :meth:`from_labels`, :meth:`from_mask` or :meth:`from_png`. It is immutable, a pytree, and passes through
+    ``torch.compile``, ``torch.export``, ``pickle`` and a ``DataLoader`` (samples are collated along the batch).
+
+    Attributes:
+        labels: (B, H, W) int32, label of each pixel; -1 is "ignored". Values outside [0, num_labels) that slipped past
+            the checks (on a GPU, or written later) are treated as ignored.
+        num_labels: number of labels s.
+        plan: the pixels grouped by label, as the kernels want them; made by :meth:`at`, otherwise None.
+
+    Example:
+        >>> label_map = LabelMap.from_labels(torch.tensor([[0, 0, 1], [1, 1, 255]]), num_labels=2, ignore_index=255)
+        >>> label_map
+        LabelMap(batch=1, height=2, width=3, num_labels=2, device=cpu)
+        >>> label_map.at(4, 6).labels[0, 0].tolist()
+        [0, 0, 0, 0, 1, 1]
+    """
+
+    labels: Tensor
+    num_labels: int
+    plan: LabelPlan | None = None
+    _memo: dict[tuple[int, int], tuple[int, LabelMap]] = field(default_factory=dict, init=False)
+    _plan_version: int = field(default=-1, init=False)
+
+    def __post_init__(self) -> None:
+        if self.plan is not None and not is_recording(self.labels):
+            object.__setattr__(self, "_plan_version", _version(self.labels))
+
+    @classmethod
+    def from_labels(
+        cls, labels: Tensor, num_labels: int, *, ignore_index: int | None = None, validate: bool | None = None
+    ) -> LabelMap:
+        """Takes integers.
+
+        Args:
+            labels: (B, H, W) or (H, W), any integer type. An int32 tensor is shared, not copied, unless
+                ``ignore_index`` is given: a buffer that is written later, between replays of a CUDA graph say, counts
+                from the next :meth:`at` on.
+            num_labels: number of labels; the labels are 0 ... num_labels - 1.
+            ignore_index: pixels of this value belong to no label. -1 always means that.
+            validate: whether to check the values, which reads them back and so waits for a GPU. Default: on the CPU,
+                when not compiling. Without it a value out of range counts as ignored.
+
+        Raises:
+            TypeError: if ``labels`` is not an integer tensor.
+            ValueError: if its shape is not as above, ``num_labels`` is not positive, or a value is out of range.
+        """
+        _check_num_labels(num_labels)
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+            given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels: expected a tensor of integers, got {given}")
+        if labels.dim() not in (2, 3):
+            raise ValueError(f"labels: expected shape (B, H, W) or (H, W), got {tuple(labels.shape)}")
+        given_labels = labels
+        if labels.dim() == 2:
+            labels = labels.unsqueeze(0)
+        if labels.dtype != torch.int32 or ignore_index is not None:
+            labels = labels.long()
+        if ignore_index is not None:
+            labels = torch.where(labels == ignore_index, -1, labels)
+        if _wants_validation(validate, labels) and labels.numel():
+            lowest, highest = (int(value) for value in labels.aminmax())
+            if lowest < -1 or highest >= num_labels:
+                ignored = "-1" if ignore_index is None else f"-1 or ignore_index={ignore_index}"
+                raise ValueError(
+                    f"labels: expected values in [0, {num_labels}) or {ignored}, got values in [{lowest}, {highest}]"
+                )
+        if labels.dtype == torch.int64:
+            # A value that does not fit 32 bits must not wrap around into the range of the labels.
+            labels = labels.clamp(-1, num_labels)
+        labels = labels.to(torch.int32).contiguous()
+        shared = not is_recording(labels) and labels.data_ptr() == given_labels.data_ptr()
+        if shared and labels.is_inference():
+            labels = labels.clone()  # such tensors do not count their versions, so nobody else may write to it
+        return cls(labels, num_labels)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, *, validate: bool | None = None) -> LabelMap:
+        """Takes a one-hot mask: a pixel belongs to the label whose plane is not zero there, or to none.
+
+        Args:
+            mask: (B, s, H, W) or (s, H, W), bool or any number type.
+            validate: whether to check that no pixel belongs to two labels, which waits for a GPU. Default: on the
+                CPU, when not compiling. Without it the lowest of the labels counts.
+
+        Raises:
+            ValueError: if the shape is not as above or the mask is not one-hot.
+        """
+        if mask.dim() not in (3, 4):
+            raise ValueError(f"mask: expected shape (B, s, H, W) or (s, H, W), got {tuple(mask.shape)}")
+        if mask.dim() == 3:
+            mask = mask.unsqueeze(0)
+        _check_num_labels(mask.shape[1])
+        belongs = (mask != 0).to(torch.uint8)
+        if _wants_validation(validate, mask) and mask.numel():
+            most = int(belongs.sum(1, dtype=torch.int32).max())
+            if most > 1:
+                raise ValueError(f"mask: expected a one-hot mask, got a pixel that belongs to {most} labels")
+        highest, label = belongs.max(1)
+        labels = torch.where(highest > 0, label, -1).to(torch.int32)
+        return cls(labels.contiguous(), mask.shape[1])
+
+    @classmethod
+    def from_png(
+        cls,
+        path: str | PathLike[str] | Sequence[str | PathLike[str]],
+        num_labels: int,
+        *,
+        ignore_index: int | None = 255,
+    ) -> LabelMap:
+        """Reads label images: 8 or 16 bit grey values or palette indices are the labels. Needs Pillow.
+
+        Args:
+            path: a file, or a sequence of files of one size that become a batch.
+            num_labels: number of labels.
+            ignore_index: pixels of this value belong to no label.
+
+        Raises:
+            ImportError: if Pillow is not installed.
+            ValueError: if a file has colours instead of labels, sizes differ, or a value is out of range.
+        """
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise ImportError("LabelMap.from_png needs Pillow: pip install pillow") from error
+        paths = [path] if isinstance(path, str | PathLike) else list(path)
+        maps = []
+        for name in paths:
+            with Image.open(name) as image:
+                if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+                    raise ValueError(
+                        f"path: expected an image of label values (grey or palette), got mode {image.mode} in {name}"
+                    )
+                width, height = image.size
+                if image.mode in ("L", "P"):
+                    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+                else:
+                    values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
+                    if image.mode == "1":
+                        values = values.clamp(max=1)
+            try:
+                maps.append(cls.from_labels(values.view(height, width), num_labels, ignore_index=ignore_index))
+            except ValueError as error:
+                raise ValueError(f"{error} in {name}") from error
+        return _collate(maps)
+
+    def at(self, height: int, width: int) -> LabelMap:
+        """The map at another resolution, with its plan.
+
+        Nearest neighbour, by exactly the rule of ``torch.nn.functional.interpolate(mode="nearest")``. Remembered per
+        resolution until ``labels`` is written to; while compiling, exporting or capturing a CUDA graph it becomes part
+        of the graph instead.
+        """
+        own_size = (height, width) == self.labels.shape[1:]
+        if is_recording(self.labels):
+            return self if own_size and self.plan is not None else self._planned_at(height, width)
+        version = _version(self.labels)
+        if own_size and self.plan is not None and self._plan_version == version:
+            return self
+        known = self._memo.get((height, width))
+        if known is None or known[0] != version:
+            known = self._memo[height, width] = (version, self._planned_at(height, width))
+        return known[1]
+
+    def planned(self) -> LabelMap:
+        """The map at its own resolution, with its plan; see :meth:`at`."""
+        return self.at(*self.labels.shape[1:])
+
+    def _planned_at(self, height: int, width: int) -> LabelMap:
+        if height < 0 or width < 0:
+            raise ValueError(f"height, width: expected sizes of at least zero, got ({height}, {width})")
+        if height * width > _MAX_PIXELS:
+            raise ValueError(f"height, width: expected at most 2^31 - 1 pixels, got {height} x {width}")
+        labels = self.labels
+        if (height, width) != (self.height, self.width):
+            if 0 in (self.height, self.width) and 0 not in (height, width):
+                raise ValueError(f"height, width: a map without pixels cannot be resized to ({height}, {width})")
+            rows = _nearest_index(self.height, height, labels.device)
+            columns = _nearest_index(self.width, width, labels.device)
+            labels = labels[:, rows][:, :, columns]
+        tile_height, tile_width = tile_size(height, width)
+        plan = torch.ops.sca.label_plan(labels, self.num_labels, tile_height, tile_width)
+        return LabelMap(labels, self.num_labels, LabelPlan(*plan))
+
+    @property
+    def batch(self) -> int:
+        return self.labels.shape[0]
+
+    @property
+    def height(self) -> int:
+        return self.labels.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.labels.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> LabelMap:
+        """The map, and its plan, on a device."""
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=non_blocking), self)
+
+    def pin_memory(self) -> LabelMap:
+        """The map, and its plan, in page-locked memory. A ``DataLoader`` with ``pin_memory=True`` calls it."""
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.pin_memory(), self)
+
+    def __repr__(self) -> str:
+        return (
+            f"LabelMap(batch={self.batch}, height={self.height}, width={self.width}, "
+            f"num_labels={self.num_labels}, device={self.device})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"labels": self.labels, "num_labels": self.num_labels, "plan": self.plan}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        for name, value in {**state, "_memo": {}, "_plan_version": -1}.items():
+            object.__setattr__(self, name, value)
+        self.__post_init__()
+
+
+@dataclass(frozen=True)
+class LatentLayout:
+    """How many latents each label owns. The latents of a label are adjacent, and labels follow one another.
+
+    Host integers: nothing is read back from a GPU. Equal layouts compare and hash equal.
+
+    Attributes:
+        latents_per_label: number of latents of each label, zero allowed.
+        count: number of latents m of all labels.
+        max_per_label: the most latents of a label.
+        cu_latents: prefix sums: the latents of label l are cu_latents[l] ... cu_latents[l + 1] - 1.
+
+    Example:
+        >>> layout = LatentLayout((8, 4, 0))
+        >>> layout.cu_latents
+        (0, 8, 12, 12)
+        >>> LatentLayout.uniform(num_labels=19, latents=8).count
+        152
+    """
+
+    latents_per_label: tuple[int, ...]
+    count: int = field(init=False, repr=False, compare=False)
+    max_per_label: int = field(init=False, repr=False, compare=False)
+    cu_latents: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        counts = tuple(int(count) for count in self.latents_per_label)
+        if not counts:
+            raise ValueError("latents_per_label: expected a number of latents for at least one label, got none")
+        if min(counts) < 0:
+            raise ValueError(f"latents_per_label: expected numbers of at least zero, got {counts}")
+        object.__setattr__(self, "latents_per_label", counts)
+        object.__setattr__(self, "count", sum(counts))
+        object.__setattr__(self, "max_per_label", max(counts))
+        object.__setattr__(self, "cu_latents", (0, *accumulate(counts)))
+
+    @classmethod
+    def uniform(cls, num_labels: int, latents: int) -> LatentLayout:
+        """The same number of latents for every label."""
+        return cls((latents,) * num_labels)
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.latents_per_label)
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """``cu_latents`` as an int64 tensor (s + 1)."""
+        return self._constant("offsets", device)
+
+    def labels(self, device: torch.device) -> Tensor:
+        """The label of each latent, int32 (m)."""
+        return self._constant("labels", device)
+
+    def _constant(self, name: str, device: torch.device) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._make_constant(name, device)
+        key = (self, name, device)
+        constant = _CONSTANTS.get(key)
+        if constant is None:
+            constant = self._make_constant(name, device)
+            if not is_recording(constant):
+                _CONSTANTS[key] = constant
+        return constant
+
+    def _make_constant(self, name: str, device: torch.device) -> Tensor:
+        if name == "offsets":
+            return torch.tensor(self.cu_latents, dtype=torch.int64, device=device)
+        labels = [label for label, count in enumerate(self.latents_per_label) for _ in range(count)]
+        return torch.tensor(labels, dtype=torch.int32, device=device)
+
+
+# The few layouts of a process as tensors, by layout, name and device.
+_CONSTANTS: dict[tuple[LatentLayout, str, torch.device], Tensor] = {}
+
+
+def _check_num_labels(num_labels: int) -> None:
+    if num_labels < 1:
+        raise ValueError(f"num_labels: expected at least one label, got {num_labels}")
+
+
+def _wants_validation(validate: bool | None, tensor: Tensor) -> bool:
+    if validate is None:
+        return tensor.device.type == "cpu" and not is_recording(tensor)
+    return validate
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _nearest_index(source: int, target: int, device: torch.device) -> Tensor:
+    if target == 0:
+        return torch.empty(0, dtype=torch.int64, device=device)
+    # interpolate's own rule, rounding included, because it is interpolate that resizes the index.
+    index = torch.arange(source, dtype=torch.float32, device=device)
+    return F.interpolate(index.view(1, 1, source), size=target, mode="nearest").view(target).long()
+
+
+def _collate(batch: Sequence[LabelMap], *, collate_fn_map: Any = None) -> LabelMap:
+    first = batch[0]
+    for other in batch:
+        if (other.height, other.width, other.num_labels) != (first.height, first.width, first.num_labels):
+            raise ValueError(f"expected label maps of one size and number of labels, got {first} and {other}")
+    return LabelMap(torch.cat([label_map.labels for label_map in batch]), first.num_labels)
+
+
+def _flatten(label_map: LabelMap) -> tuple[list[Any], int]:
+    return [label_map.labels, label_map.plan], label_map.num_labels
+
+
+def _flatten_with_keys(label_map: LabelMap) -> tuple[list[tuple[Any, Any]], int]:
+    children = [(pytree.GetAttrKey("labels"), label_map.labels), (pytree.GetAttrKey("plan"), label_map.plan)]
+    return children, label_map.num_labels
+
+
+def _unflatten(children: Any, num_labels: int) -> LabelMap:
+    labels, plan = children
+    return LabelMap(labels, num_labels, plan)
+
+
+pytree.register_pytree_node(
+    LabelMap,
+    _flatten,
+    _unflatten,
+    serialized_type_name="sca_kernels.LabelMap",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+pytree.register_constant(LatentLayout)
+default_collate_fn_map[LabelMap] = _collate

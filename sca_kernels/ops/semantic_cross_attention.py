@@ -1,0 +1,311 @@
+"""Semantic cross-attention: tokens attend to the tokens of their own label."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..labels import LabelMap, LatentLayout
+from ..outputs import empty_attention_outputs
+from ..reference import semantic_cross_attention as reference
+from .library import LIBRARY
+
+_OPERATOR = "semantic_cross_attention"
+_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@overload
+def semantic_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_tokens: LabelMap | LatentLayout,
+    key_tokens: LabelMap | LatentLayout,
+    *,
+    scale: float | None = ...,
+    empty: Literal["uniform", "zero"] = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def semantic_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_tokens: LabelMap | LatentLayout,
+    key_tokens: LabelMap | LatentLayout,
+    *,
+    scale: float | None = ...,
+    empty: Literal["uniform", "zero"] = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def semantic_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_tokens: LabelMap | LatentLayout,
+    key_tokens: LabelMap | LatentLayout,
+    *,
+    scale: float | None = None,
+    empty: Literal["uniform", "zero"] = "uniform",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention in which a query sees only the keys of its own label.
+
+    For a query i with label l and the keys j of that label, in each image and head:
+
+        out_i = sum_j softmax_j(scale * <query_i, key_j>) value_j,    lse_i = log sum_j exp(scale * <query_i, key_j>)
+
+    Each side's tokens are the pixels of a :class:`LabelMap` or the latents of a :class:`LatentLayout`: pixels attend
+    to latents, latents to pixels, latents to latents, pixels to pixels. With k latents per label, the first three take
+    O(n k D) time and O(n) memory for n tokens, whatever the number of labels. Between pixels it takes the sum of the
+    products of the region sizes in time, and O(n) memory.
+
+    Args:
+        query: (B, H, Nq, D), as in ``torch.nn.functional.scaled_dot_product_attention``; any strides.
+        key: (B, H, Nk, D), any strides.
+        value: (B, H, Nk, Dv), any strides.
+        query_tokens: what the Nq tokens are: a label map of Nq = height * width pixels in raster order, for B images or
+            one for all, or a layout of Nq latents.
+        key_tokens: the same for the Nk tokens; as many labels as ``query_tokens``.
+        scale: factor of the logits. Default: 1 / sqrt(D).
+        empty: what a query gets that has no key of its label (or no label): "uniform", the mean of all Nk values, which
+            is what a dense mask with a large negative number gives, or "zero".
+        return_lse: whether to return the log-sum-exp as well.
+
+    Returns:
+        out (B, H, Nq, Dv) in the type and memory order of ``query``; with ``return_lse`` also lse (B, H, Nq), float32
+        (float64 for float64), -inf for a query without keys.
+
+    Types: float32, float64, bfloat16, float16, the same for all three; arithmetic is in float32 or better. Under
+    autocast the three are cast to its type first.
+
+    Gradients: of query, key and value, through out and lse. They are deterministic and independent of the number of
+    threads. Gradients of gradients are refused, except by ``backend("reference")``.
+
+    Raises:
+        TypeError: if the types differ or are not supported, or the tokens are neither a map nor a layout.
+        ValueError: if shapes, devices, numbers of tokens or numbers of labels do not agree.
+
+    Backends: ``cpu`` (the default on the CPU), ``reference``.
+
+    Source: Dufour et al., SCAM!, ECCV 2022, the masked attention of SCA and SAT.
+
+    Example:
+        >>> label_map = LabelMap.from_labels(torch.tensor([[0, 0], [1, 1]]), num_labels=2)
+        >>> layout = LatentLayout((3, 1))
+        >>> query, key = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8)
+        >>> value = torch.arange(4.0).view(1, 1, 4, 1).expand(1, 2, 4, 1)
+        >>> out = semantic_cross_attention(query, key, value, label_map, layout)
+        >>> out[0, 0, 2:].flatten().tolist()  # label 1 owns the last latent alone
+        [3.0, 3.0]
+    """
+    query, key, value = _under_autocast(query, key, value)
+    _check(query, key, value, query_tokens, key_tokens, empty)
+    if scale is None:
+        scale = query.shape[3] ** -0.5
+    backend = backends.resolve(_OPERATOR, query.device, query.dtype)
+    if backend == "reference":
+        out, lse = reference.semantic_cross_attention(
+            query,
+            key,
+            value,
+            _token_labels(query_tokens, query.device),
+            _token_labels(key_tokens, query.device),
+            query_tokens.num_labels,
+            scale=scale,
+            empty=empty,
+        )
+    else:
+        query_offsets, query_order, max_query_latents = _grouping(query_tokens, query.device)
+        key_offsets, key_order, max_key_latents = _grouping(key_tokens, query.device)
+        # Eagerly the autograd kernel is called at once: to have the dispatcher find it costs as much as a small call.
+        operator = _operator if torch.compiler.is_compiling() else _autograd
+        out, lse = operator(
+            query, key, value, query_offsets, query_order, key_offsets, key_order,
+            max_query_latents, max_key_latents, scale, empty, backend,
+        )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_tokens: LabelMap | LatentLayout,
+    key_tokens: LabelMap | LatentLayout,
+    empty: str,
+) -> None:
+    dtype, device = query.dtype, query.device
+    if dtype not in _TYPES:
+        raise TypeError(f"query: expected float32, float64, bfloat16 or float16, got {dtype}")
+    shapes = query.shape, key.shape, value.shape
+    for name, tensor, shape in zip(("query", "key", "value"), (query, key, value), shapes, strict=True):
+        if len(shape) != 4:
+            raise ValueError(f"{name}: expected shape (B, H, N, D), got {tuple(shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype} like query, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device} like query, got one on {tensor.device}")
+    (batch, heads, queries, width), key_shape, value_shape = shapes
+    keys = key_shape[2]
+    if key_shape != (batch, heads, keys, width):
+        raise ValueError(f"key: expected shape ({batch}, {heads}, Nk, {width}) to match query, got {tuple(key_shape)}")
+    if value_shape[:3] != (batch, heads, keys):
+        raise ValueError(f"value: expected shape ({batch}, {heads}, {keys}, Dv) to match key, got {tuple(value_shape)}")
+    _check_tokens("query", query_tokens, device, batch, queries)
+    _check_tokens("key", key_tokens, device, batch, keys)
+    if query_tokens.num_labels != key_tokens.num_labels:
+        raise ValueError(
+            f"key_tokens: expected {query_tokens.num_labels} labels like query_tokens, got {key_tokens.num_labels}"
+        )
+    if empty not in ("uniform", "zero"):
+        raise ValueError(f"empty: expected 'uniform' or 'zero', got {empty!r}")
+
+
+def _check_tokens(side: str, tokens: LabelMap | LatentLayout, device: torch.device, batch: int, count: int) -> None:
+    if isinstance(tokens, LabelMap):
+        images, height, width = tokens.labels.shape
+        if tokens.labels.device != device:
+            raise ValueError(f"{side}_tokens: expected a label map on {device} like query, got one on {tokens.device}")
+        if images != batch and images != 1:
+            raise ValueError(f"{side}_tokens: expected label maps for {batch} images or for one, got {images}")
+        if height * width != count:
+            raise ValueError(
+                f"{side}_tokens: expected a label map of {count} pixels, the tokens of {side}, "
+                f"got {height} x {width} (use at(height, width) to resize it)"
+            )
+    elif isinstance(tokens, LatentLayout):
+        if tokens.count != count:
+            raise ValueError(
+                f"{side}_tokens: expected a layout of {count} latents, the tokens of {side}, got {tokens.count}"
+            )
+    else:
+        raise TypeError(f"{side}_tokens: expected a LabelMap or a LatentLayout, got {type(tokens).__name__}")
+
+
+def _token_labels(tokens: LabelMap | LatentLayout, device: torch.device) -> Tensor:
+    if isinstance(tokens, LabelMap):
+        return tokens.labels.flatten(1)
+    return tokens.labels(device).unsqueeze(0)
+
+
+def _grouping(tokens: LabelMap | LatentLayout, device: torch.device) -> tuple[Tensor, Tensor | None, int]:
+    """The tokens grouped by label: offsets, order (None where it is the identity) and the most latents of a label."""
+    if isinstance(tokens, LabelMap):
+        plan = tokens.planned().plan
+        assert plan is not None
+        return plan.offsets, plan.order, 0
+    return tokens.offsets(device), None, tokens.max_per_label
+
+
+_GROUPING_SCHEMA = "Tensor query_offsets, Tensor? query_order, Tensor key_offsets, Tensor? key_order"
+_SETTINGS_SCHEMA = "int max_query_latents, int max_key_latents, float scale, str empty, str backend"
+LIBRARY.define(
+    f"semantic_cross_attention(Tensor query, Tensor key, Tensor value, {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA})"
+    " -> (Tensor out, Tensor lse)"
+)
+LIBRARY.define(
+    "semantic_cross_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value,"
+    f" Tensor? out, Tensor lse, {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA}, bool[3] output_mask)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+)
+_operator = torch.ops.sca.semantic_cross_attention.default
+_backward_operator = torch.ops.sca.semantic_cross_attention_backward.default
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_offsets: Tensor,
+        query_order: Tensor | None,
+        key_offsets: Tensor,
+        key_order: Tensor | None,
+        *settings: Any,
+    ) -> tuple[Tensor, Tensor]:
+        grouping = (query_offsets, query_order, key_offsets, key_order)
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = _operator(query, key, value, *grouping, *settings)
+        # Latent keys are few enough to do without the output: rowsum(dO * O) = rowsum(P * dP).
+        saved_out = None if key_order is None else out
+        ctx.save_for_backward(query, key, value, saved_out, lse, *grouping)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, *grouping = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = query.new_zeros(()).expand(*query.shape[:3], value.shape[3])
+        output_mask = ctx.needs_input_grad[:3]
+        gradients = _backward_operator(
+            grad_out, grad_lse, query, key, value, out, lse, *grouping, *ctx.settings, output_mask
+        )
+        wanted = (gradient if asked else None for gradient, asked in zip(gradients, output_mask, strict=True))
+        return *wanted, *(None,) * (len(grouping) + len(ctx.settings))
+
+
+def _autograd(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return _Differentiable.apply(query, key, value, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _operator(query, key, value, *rest)
+
+
+def _backward_autograd(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (grad_out, grad_lse, *rest)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "semantic_cross_attention: gradients of gradients (create_graph=True) are computed only by the reference: "
+            "use \"with sca_kernels.backend('reference'):\" around the forward pass"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return _backward_operator(grad_out, grad_lse, *rest)
+
+
+def _dispatch(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *rest, backend = arguments
+    return backends.implementation(_OPERATOR, backend)(*rest)
+
+
+def _backward_dispatch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, backend, output_mask = arguments
+    return backends.implementation(f"{_OPERATOR}_backward", backend)(*rest, output_mask)
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_attention_outputs(query, value)
+
+
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = rest[-1]
+    query_gradient, key_gradient, value_gradient = (
+        torch.empty_like(tensor) if wanted else tensor.new_empty(0)
+        for tensor, wanted in zip((query, key, value), mask, strict=True)
+    )
+    return query_gradient, key_gradient, value_gradient
+
+
+torch.library.register_fake(f"sca::{_OPERATOR}", _fake, lib=LIBRARY)
+torch.library.register_fake(f"sca::{_OPERATOR}_backward", _backward_fake, lib=LIBRARY)
+LIBRARY.impl(_OPERATOR, _dispatch, "CompositeExplicitAutograd")
+LIBRARY.impl(f"{_OPERATOR}_backward", _backward_dispatch, "CompositeExplicitAutograd")
+LIBRARY.impl(_OPERATOR, _autograd, "Autograd")
+LIBRARY.impl(f"{_OPERATOR}_backward", _backward_autograd, "Autograd")
