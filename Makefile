@@ -17,8 +17,9 @@ help: ## list these targets
 demo: native ## reconstruct two photographs from a few latents per label; writes a picture
 	$(RUN) demo/run.py
 
-test: native ## all tests
+test: native ## all tests, then the benchmarks at small sizes, where they only check results
 	$(RUN) -m pytest tests -q
+	$(RUN) -m pytest bench -q
 
 lint: $(VENV)/.installed ## check style and types
 	$(RUN) -m ruff check .

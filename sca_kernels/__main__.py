@@ -18,7 +18,7 @@ def report() -> str:
         f"torch       {torch.__version__}, {torch.get_num_threads()} threads",
         f"python      {platform.python_version()}, {platform.platform()}",
         f"cpu         {', '.join(built) if built else 'no compiled kernels'}"
-        + (f"; in use: {cpu.CAPABILITIES[cpu.capability()]}" if built else ""),
+        + ("" if cpu.why_not() else f"; in use: {cpu.CAPABILITIES[cpu.capability()]}"),
         "backends",
     ]
     for name, backend in BACKENDS.items():

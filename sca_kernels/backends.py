@@ -156,7 +156,9 @@ def default(operator: str, device: torch.device, dtype: torch.dtype) -> str:
             for candidate in _PREFERENCES.get((operator, device.type), ())
             if BACKENDS[candidate].why_not_for(operator, device, dtype) is None
         )
-        name = _defaults[key] = next(able, "reference")
+        name = next(able, "reference")
+        if not torch.compiler.is_compiling():
+            _defaults[key] = name
     return name
 
 

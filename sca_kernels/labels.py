@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from os import PathLike
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from .tracing import is_recording
+from .tracing import is_recording, is_tracing
 
 _MAX_PIXELS = 2**31 - 1  # a plan names pixels with 32 bit integers
 
@@ -68,7 +69,8 @@ class LabelMap:
         labels: (B, H, W) int32, label of each pixel; -1 is "ignored". Values outside [0, num_labels) that slipped past
             the checks (on a GPU, or written later) are treated as ignored.
         num_labels: number of labels s.
-        plan: the pixels grouped by label, as the kernels want them; made by :meth:`at`, otherwise None.
+        plan: the pixels grouped by label, as the kernels want them; made by :meth:`at`, otherwise None. It belongs to
+            the labels as they were then; compiled code that is given a map with a plan believes it.
 
     Example:
         >>> label_map = LabelMap.from_labels(torch.tensor([[0, 0, 1], [1, 1, 255]]), num_labels=2, ignore_index=255)
@@ -95,7 +97,7 @@ class LabelMap:
         """Takes integers.
 
         Args:
-            labels: (B, H, W) or (H, W), any integer type. An int32 tensor is shared, not copied, unless
+            labels: (B, H, W) or (H, W), any integer type. A contiguous int32 tensor is shared, not copied, unless
                 ``ignore_index`` is given: a buffer that is written later, between replays of a CUDA graph say, counts
                 from the next :meth:`at` on.
             num_labels: number of labels; the labels are 0 ... num_labels - 1.
@@ -104,9 +106,10 @@ class LabelMap:
                 when not compiling. Without it a value out of range counts as ignored.
 
         Raises:
-            TypeError: if ``labels`` is not an integer tensor.
+            TypeError: if ``labels`` is not an integer tensor or ``num_labels`` not an integer.
             ValueError: if its shape is not as above, ``num_labels`` is not positive, or a value is out of range.
         """
+        num_labels = _as_integer("num_labels", num_labels)
         _check_num_labels(num_labels)
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
             given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
@@ -116,7 +119,10 @@ class LabelMap:
         given_labels = labels
         if labels.dim() == 2:
             labels = labels.unsqueeze(0)
-        if labels.dtype != torch.int32 or ignore_index is not None:
+        if labels.dtype == torch.uint64:
+            labels = labels.view(torch.int64)
+            labels = torch.where(labels < 0, torch.iinfo(torch.int64).max, labels)
+        elif labels.dtype != torch.int32 or ignore_index is not None:
             labels = labels.long()
         if ignore_index is not None:
             labels = torch.where(labels == ignore_index, -1, labels)
@@ -146,8 +152,11 @@ class LabelMap:
                 CPU, when not compiling. Without it the lowest of the labels counts.
 
         Raises:
+            TypeError: if ``mask`` is not a tensor.
             ValueError: if the shape is not as above or the mask is not one-hot.
         """
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
         if mask.dim() not in (3, 4):
             raise ValueError(f"mask: expected shape (B, s, H, W) or (s, H, W), got {tuple(mask.shape)}")
         if mask.dim() == 3:
@@ -158,8 +167,7 @@ class LabelMap:
             most = int(belongs.sum(1, dtype=torch.int32).max())
             if most > 1:
                 raise ValueError(f"mask: expected a one-hot mask, got a pixel that belongs to {most} labels")
-        highest, label = belongs.max(1)
-        labels = torch.where(highest > 0, label, -1).to(torch.int32)
+        labels = torch.where(belongs.amax(1) > 0, belongs.argmax(1), -1).to(torch.int32)
         return cls(labels.contiguous(), mask.shape[1])
 
     @classmethod
@@ -186,6 +194,8 @@ class LabelMap:
         except ImportError as error:
             raise ImportError("LabelMap.from_png needs Pillow: pip install pillow") from error
         paths = [path] if isinstance(path, str | PathLike) else list(path)
+        if not paths:
+            raise ValueError("path: expected at least one file, got none")
         maps = []
         for name in paths:
             with Image.open(name) as image:
@@ -194,8 +204,10 @@ class LabelMap:
                         f"path: expected an image of label values (grey or palette), got mode {image.mode} in {name}"
                     )
                 width, height = image.size
+                # Pillow stretches grey values of 2 and 4 bits to the range of 8.
+                stretch = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
                 if image.mode in ("L", "P"):
-                    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+                    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) // stretch
                 else:
                     values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
                     if image.mode == "1":
@@ -209,24 +221,26 @@ class LabelMap:
     def at(self, height: int, width: int) -> LabelMap:
         """The map at another resolution, with its plan.
 
-        Nearest neighbour, by exactly the rule of ``torch.nn.functional.interpolate(mode="nearest")``. Remembered per
-        resolution until ``labels`` is written to; while compiling, exporting or capturing a CUDA graph it becomes part
-        of the graph instead.
+        Nearest neighbour, by exactly the rule of ``torch.nn.functional.interpolate(mode="nearest")`` for float32.
+        Remembered per resolution until ``labels`` is written to; while compiling, exporting or capturing a CUDA graph
+        it becomes part of the graph instead.
         """
-        own_size = (height, width) == self.labels.shape[1:]
+        has_plan = self.plan is not None and (height, width) == (self.height, self.width)
         if is_recording(self.labels):
-            return self if own_size and self.plan is not None else self._planned_at(height, width)
+            return self if has_plan else self._planned_at(height, width)
         version = _version(self.labels)
-        if own_size and self.plan is not None and self._plan_version == version:
+        if has_plan and self._plan_version == version:
             return self
         known = self._memo.get((height, width))
         if known is None or known[0] != version:
-            known = self._memo[height, width] = (version, self._planned_at(height, width))
+            with torch.inference_mode(False):  # what is remembered may serve training later
+                known = self._memo[height, width] = (version, self._planned_at(height, width))
         return known[1]
 
     def planned(self) -> LabelMap:
         """The map at its own resolution, with its plan; see :meth:`at`."""
-        return self.at(*self.labels.shape[1:])
+        _, height, width = self.labels.shape
+        return self.at(height, width)
 
     def _planned_at(self, height: int, width: int) -> LabelMap:
         if height < 0 or width < 0:
@@ -234,8 +248,10 @@ class LabelMap:
         if height * width > _MAX_PIXELS:
             raise ValueError(f"height, width: expected at most 2^31 - 1 pixels, got {height} x {width}")
         labels = self.labels
-        if (height, width) != (self.height, self.width):
-            if 0 in (self.height, self.width) and 0 not in (height, width):
+        if height == 0 or width == 0:
+            labels = labels.new_empty((self.batch, height, width))
+        elif (height, width) != (self.height, self.width):
+            if self.height == 0 or self.width == 0:
                 raise ValueError(f"height, width: a map without pixels cannot be resized to ({height}, {width})")
             rows = _nearest_index(self.height, height, labels.device)
             columns = _nearest_index(self.width, width, labels.device)
@@ -275,7 +291,7 @@ class LabelMap:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"labels": self.labels, "num_labels": self.num_labels, "plan": self.plan}
+        return {"labels": self.labels, "num_labels": self.num_labels, "plan": _valid_plan(self)}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         for name, value in {**state, "_memo": {}, "_plan_version": -1}.items():
@@ -307,9 +323,13 @@ class LatentLayout:
     count: int = field(init=False, repr=False, compare=False)
     max_per_label: int = field(init=False, repr=False, compare=False)
     cu_latents: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _tensors: dict[tuple[str, torch.device], Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        counts = tuple(int(count) for count in self.latents_per_label)
+        given: Any = self.latents_per_label
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise TypeError(f"latents_per_label: expected a sequence of integers, got {type(given).__name__}")
+        counts = tuple(_as_integer("latents_per_label", count) for count in given)
         if not counts:
             raise ValueError("latents_per_label: expected a number of latents for at least one label, got none")
         if min(counts) < 0:
@@ -318,6 +338,7 @@ class LatentLayout:
         object.__setattr__(self, "count", sum(counts))
         object.__setattr__(self, "max_per_label", max(counts))
         object.__setattr__(self, "cu_latents", (0, *accumulate(counts)))
+        object.__setattr__(self, "_tensors", {})
 
     @classmethod
     def uniform(cls, num_labels: int, latents: int) -> LatentLayout:
@@ -328,34 +349,38 @@ class LatentLayout:
     def num_labels(self) -> int:
         return len(self.latents_per_label)
 
+    def __reduce__(self) -> tuple[type[LatentLayout], tuple[tuple[int, ...]]]:
+        return LatentLayout, (self.latents_per_label,)
+
     def offsets(self, device: torch.device) -> Tensor:
-        """``cu_latents`` as an int64 tensor (s + 1)."""
-        return self._constant("offsets", device)
+        """``cu_latents`` as an int64 tensor (s + 1), made once for each device."""
+        return self._tensor("offsets", device)
 
     def labels(self, device: torch.device) -> Tensor:
-        """The label of each latent, int32 (m)."""
-        return self._constant("labels", device)
+        """The label of each latent, int32 (m), made once for each device."""
+        return self._tensor("labels", device)
 
-    def _constant(self, name: str, device: torch.device) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self._make_constant(name, device)
-        key = (self, name, device)
-        constant = _CONSTANTS.get(key)
-        if constant is None:
-            constant = self._make_constant(name, device)
-            if not is_recording(constant):
-                _CONSTANTS[key] = constant
-        return constant
+    def _tensor(self, name: str, device: torch.device) -> Tensor:
+        if is_tracing():
+            return self._make_tensor(name, device)
+        tensor = self._tensors.get((name, device))
+        if tensor is None:
+            with torch.inference_mode(False):  # what is remembered may serve training later
+                tensor = self._tensors[name, device] = self._make_tensor(name, device)
+        return tensor
 
-    def _make_constant(self, name: str, device: torch.device) -> Tensor:
+    def _make_tensor(self, name: str, device: torch.device) -> Tensor:
         if name == "offsets":
             return torch.tensor(self.cu_latents, dtype=torch.int64, device=device)
         labels = [label for label, count in enumerate(self.latents_per_label) for _ in range(count)]
         return torch.tensor(labels, dtype=torch.int32, device=device)
 
 
-# The few layouts of a process as tensors, by layout, name and device.
-_CONSTANTS: dict[tuple[LatentLayout, str, torch.device], Tensor] = {}
+def _as_integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected integers, got {type(value).__name__}") from None
 
 
 def _check_num_labels(num_labels: int) -> None:
@@ -374,11 +399,10 @@ def _version(tensor: Tensor) -> int:
 
 
 def _nearest_index(source: int, target: int, device: torch.device) -> Tensor:
-    if target == 0:
-        return torch.empty(0, dtype=torch.int64, device=device)
     # interpolate's own rule, rounding included, because it is interpolate that resizes the index.
     index = torch.arange(source, dtype=torch.float32, device=device)
-    return F.interpolate(index.view(1, 1, source), size=target, mode="nearest").view(target).long()
+    resized = F.interpolate(index.view(1, 1, source), size=target, mode="nearest").view(target).long()
+    return resized.clamp(max=source - 1)  # beyond 2^24 a float32 index may round past the end
 
 
 def _collate(batch: Sequence[LabelMap], *, collate_fn_map: Any = None) -> LabelMap:
@@ -389,13 +413,20 @@ def _collate(batch: Sequence[LabelMap], *, collate_fn_map: Any = None) -> LabelM
     return LabelMap(torch.cat([label_map.labels for label_map in batch]), first.num_labels)
 
 
+def _valid_plan(label_map: LabelMap) -> LabelPlan | None:
+    # A copy could not tell that the labels were written to after the plan was made.
+    if not is_recording(label_map.labels) and label_map._plan_version not in (-1, _version(label_map.labels)):
+        return None
+    return label_map.plan
+
+
 def _flatten(label_map: LabelMap) -> tuple[list[Any], int]:
-    return [label_map.labels, label_map.plan], label_map.num_labels
+    return [label_map.labels, _valid_plan(label_map)], label_map.num_labels
 
 
 def _flatten_with_keys(label_map: LabelMap) -> tuple[list[tuple[Any, Any]], int]:
-    children = [(pytree.GetAttrKey("labels"), label_map.labels), (pytree.GetAttrKey("plan"), label_map.plan)]
-    return children, label_map.num_labels
+    (labels, plan), num_labels = _flatten(label_map)
+    return [(pytree.GetAttrKey("labels"), labels), (pytree.GetAttrKey("plan"), plan)], num_labels
 
 
 def _unflatten(children: Any, num_labels: int) -> LabelMap:
@@ -412,3 +443,5 @@ pytree.register_pytree_node(
 )
 pytree.register_constant(LatentLayout)
 default_collate_fn_map[LabelMap] = _collate
+# Plain data, so torch.load need not be told to trust it.
+torch.serialization.add_safe_globals([LabelMap, LabelPlan, LatentLayout])

@@ -1,9 +1,14 @@
-"""Whether a call is being recorded rather than run."""
+"""Whether calls are being recorded rather than run, so that nothing they make may be remembered."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def is_tracing() -> bool:
+    """Whether operations now go to a compiler, an export or a dispatch mode such as ``FakeTensorMode``."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_recording(tensor: Tensor) -> bool:

@@ -1,5 +1,6 @@
 #include "../sca_kernels.h"
 #include "parallel.h"
+#include "simd.h"
 
 namespace sca::SCA_CPU_CAPABILITY {
 namespace {
@@ -32,15 +33,6 @@ class LabelPlan {
   };
 
   static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-  template <typename T>
-  static T smaller(T a, T b) {
-    return a < b ? a : b;
-  }
-  template <typename T>
-  static T larger(T a, T b) {
-    return a > b ? a : b;
-  }
-
   Segment* segments(int64_t item) const { return reinterpret_cast<Segment*>(call_.tile_segments) + item * room_; }
   const int32_t* label_map(int64_t image) const { return call_.label_map + image * call_.height * call_.width; }
   // Pixels without a label take the place after the last label.

@@ -17,15 +17,6 @@ constexpr int64_t kRowBlock = 32;
 constexpr int64_t kColumnBlock = 64;
 constexpr int64_t kStreamedBytes = 16 << 20;
 
-template <typename T>
-constexpr T smaller(T a, T b) {
-  return a < b ? a : b;
-}
-template <typename T>
-constexpr T larger(T a, T b) {
-  return a > b ? a : b;
-}
-
 inline int64_t most_columns(const sca_tokens& tokens) {
   return are_latents(tokens) ? tokens.max_per_label : kColumnBlock;
 }

@@ -6,6 +6,8 @@ namespace {
 // With P = exp(scale * Q K^T - lse) over the pairs of equal label, dP = dO V^T, delta = rowsum(dO * O):
 //     dS = scale * P * (dP - delta + dlse),  dQ = dS K,  dK = dS^T Q,  dV = P^T dO.
 // P and dS are made anew, block by block, from what was saved. A query without keys sends dO / keys to every value.
+// delta also is rowsum(P * dP): so it is made where the keys are latents, all in one block, and where the output was
+// rounded to 16 bits, whose error it would carry.
 //
 // Both sides look alike: rows `first` (query or key) are multiplied for P and rows `second` (grad_out or value) for dP.
 // A pass takes one side as rows, whose gradients it completes, and the other as columns; columns that are latents get
@@ -30,13 +32,17 @@ class Backward : public SemanticCrossAttention<Scalar> {
     const bool latent_keys = are_latents(keys_.tokens), latent_queries = are_latents(queries_.tokens);
     const bool unmatched = Base::any_unmatched(queries_.tokens, keys_.tokens);
     spread_ = unmatched && call_.empty_uniform && wanted(keys_.second_gradient);
-    if (spread_ || !latent_keys) {
-      Base::each_chunk(queries_.tokens, [&](const Item& item, Scratch<T>& scratch) { prepare_chunk(item, scratch); });
+    if (spread_) {
+      Base::each_chunk(queries_.tokens, [&](const Item& item, Scratch<T>& scratch) { sum_unmatched(item, scratch); });
+      Base::merge_chunk_sums(queries_.tokens);
     }
-    if (spread_) Base::merge_chunk_sums(queries_.tokens);
+    if (!latent_keys && !kRounded) {
+      Base::each_chunk(queries_.tokens, [&](const Item& item, Scratch<T>& scratch) { find_delta(item, scratch); });
+    }
+    if (!latent_keys && latent_queries && kRounded) sum_delta();
 
     const bool keys_wanted = wanted(keys_.first_gradient) || wanted(keys_.second_gradient);
-    const bool by_query = latent_keys || (!latent_queries && wanted(queries_.first_gradient));
+    const bool by_query = latent_keys || (!latent_queries && (wanted(queries_.first_gradient) || kRounded));
     const bool by_key = !latent_keys && (latent_queries || keys_wanted);
     if (by_query) pass<true>(queries_, keys_);
     if (by_key) pass<false>(keys_, queries_);
@@ -48,6 +54,8 @@ class Backward : public SemanticCrossAttention<Scalar> {
     sca_tensor first, second, first_gradient, second_gradient;
   };
 
+  static constexpr bool kRounded = !std::is_same_v<Scalar, T>;
+
   static bool wanted(const sca_tensor& gradient) { return gradient.data != nullptr; }
 
   const T* lse(const Item& item) const { return at_query(static_cast<const T*>(call_.lse), item); }
@@ -57,26 +65,69 @@ class Backward : public SemanticCrossAttention<Scalar> {
     return base ? base + Base::head_index(item) * queries_.tokens.count : nullptr;
   }
 
-  // What the passes need to know of all queries: delta, and the sum of dO over those without keys.
-  void prepare_chunk(const Item& item, Scratch<T>& scratch) const {
+  // The sum of dO over a chunk's queries without keys.
+  void sum_unmatched(const Item& item, Scratch<T>& scratch) const {
     const ImageTokens queries(queries_.tokens, item.image), keys(keys_.tokens, item.image);
     const Matrix<Scalar> grad_out = Base::matrix(queries_.second, item, call_.value_width);
-    const Matrix<Scalar> out = Base::matrix(call_.out, item, call_.value_width);
     T* sum = Base::chunk_sum(item, item.index, queries_.tokens);
     Base::fill(sum, second_width_);
     queries.for_each_label(Base::chunk(queries_.tokens, item.index), [&](int64_t label, Range rows) {
-      if (keys.with_label(label).size() == 0) {
-        if (spread_) Base::add_rows(grad_out, queries, rows, scratch.row_second, sum);
-        return;
-      }
-      if (are_latents(keys_.tokens)) return;
-      for (int64_t p = rows.begin; p < rows.end; p += kRowBlock) {
-        const int64_t count = smaller(kRowBlock, rows.end - p);
-        const Positions tokens = queries.at(p);
-        Block<T>&left = scratch.row_second, &right = scratch.row_second_gradient;
-        grad_out.gather(tokens, count, 0, left.memory, left.rows);
-        out.gather(tokens, count, 0, right.memory, right.rows);
-        for (int64_t r = 0; r < count; ++r) delta(item)[tokens[r]] = dot(left.rows[r], right.rows[r]);
+      if (keys.with_label(label).size() == 0) Base::add_rows(grad_out, queries, rows, scratch.row_second, sum);
+    });
+  }
+
+  // delta = rowsum(dO * O)
+  void find_delta(const Item& item, Scratch<T>& scratch) const {
+    const ImageTokens queries(queries_.tokens, item.image);
+    const Matrix<Scalar> grad_out = Base::matrix(queries_.second, item, call_.value_width);
+    const Matrix<Scalar> out = Base::matrix(call_.out, item, call_.value_width);
+    const Range rows = Base::chunk(queries_.tokens, item.index);
+    Block<T>&left = scratch.row_second, &right = scratch.row_second_gradient;
+    for (int64_t p = rows.begin; p < rows.end; p += kRowBlock) {
+      const int64_t count = smaller(kRowBlock, rows.end - p), following = queries.count() - p - count;
+      const Positions tokens = queries.at(p);
+      grad_out.gather(tokens, count, following, left.memory, left.rows);
+      out.gather(tokens, count, following, right.memory, right.rows);
+      for (int64_t r = 0; r < count; ++r) delta(item)[tokens[r]] = dot(left.rows[r], right.rows[r]);
+    }
+  }
+
+  // delta = rowsum(P * dP) of latent queries over their pixel keys, from sums of the chunks of keys in their order.
+  void sum_delta() const {
+    Base::each_chunk(keys_.tokens, [&](const Item& item, Scratch<T>& scratch) {
+      const ImageTokens keys(keys_.tokens, item.image), queries(queries_.tokens, item.image);
+      keys.for_each_label(Base::chunk(keys_.tokens, item.index), [&](int64_t label, Range rows) {
+        const Range columns = queries.with_label(label);
+        if (columns.size() == 0) return;
+        Operands operands(*this, item, keys_, queries_);
+        operands.gather_columns(columns.begin, columns.size(), scratch);
+        T* sums = Base::partial(Base::partials_.sum, item, item.index, columns.begin, 1);
+        Base::fill(sums, columns.size());
+        for (int64_t p = rows.begin; p < rows.end; p += kRowBlock) {
+          const int64_t count = smaller(kRowBlock, rows.end - p);
+          operands.gather_rows(p, count, scratch);
+          weigh<false>(item, scratch, operands, p, count, columns.begin, columns.size());
+          for (int64_t c = 0; c < columns.size(); ++c) {
+            for (int64_t r = 0; r < count; ++r) {
+              sums[c] += scratch.weights[c * kRowBlock + r] * scratch.gradients[c * kRowBlock + r];
+            }
+          }
+        }
+      });
+    });
+    const int64_t labels = queries_.tokens.labels;
+    parallel_for(Base::items(labels), call_.threads, [&](int64_t index, int) {
+      const Item item = Base::split(index, labels);
+      const Range latents = ImageTokens(queries_.tokens, item.image).with_label(item.index);
+      const Range pixels = ImageTokens(keys_.tokens, item.image).with_label(item.index);
+      if (pixels.size() == 0) return;
+      const Range chunks = Base::chunks_of(pixels);
+      for (int64_t latent = latents.begin; latent < latents.end; ++latent) {
+        T sum = 0;
+        for (int64_t c = chunks.begin; c < chunks.end; ++c) {
+          sum += *Base::partial(Base::partials_.sum, item, c, latent, 1);
+        }
+        delta(item)[latent] = sum;
       }
     });
   }
@@ -86,6 +137,32 @@ class Backward : public SemanticCrossAttention<Scalar> {
     for (int64_t i = 0; i < second_width_; i += kLanes<T>) sum += load(a + i) * load(b + i);
     return sum_lanes<T>(sum);
   }
+
+  // The four matrices of a pass, for one image and head.
+  struct Operands {
+    ImageTokens row_tokens, column_tokens;
+    Matrix<Scalar> row_first, row_second, column_first, column_second;
+
+    Operands(const Backward& backward, const Item& item, const Side& rows, const Side& columns)
+        : row_tokens(rows.tokens, item.image),
+          column_tokens(columns.tokens, item.image),
+          row_first(backward.matrix(rows.first, item, backward.call_.key_width)),
+          row_second(backward.matrix(rows.second, item, backward.call_.value_width)),
+          column_first(backward.matrix(columns.first, item, backward.call_.key_width)),
+          column_second(backward.matrix(columns.second, item, backward.call_.value_width)) {}
+
+    void gather_rows(int64_t position, int64_t count, Scratch<T>& scratch) const {
+      const Positions tokens = row_tokens.at(position);
+      const int64_t following = row_tokens.count() - position - count;
+      row_first.gather(tokens, count, following, scratch.row_first.memory, scratch.row_first.rows);
+      row_second.gather(tokens, count, following, scratch.row_second.memory, scratch.row_second.rows);
+    }
+    void gather_columns(int64_t position, int64_t count, Scratch<T>& scratch) const {
+      const Positions tokens = column_tokens.at(position);
+      column_first.gather(tokens, count, 0, scratch.column_first.memory, scratch.column_first.rows);
+      column_second.gather(tokens, count, 0, scratch.column_second.memory, scratch.column_second.rows);
+    }
+  };
 
   template <bool kRowsAreQueries>
   void pass(const Side& rows, const Side& columns) const {
@@ -101,43 +178,36 @@ class Backward : public SemanticCrossAttention<Scalar> {
 
   template <bool kRowsAreQueries>
   void differentiate_chunk(const Item& item, Scratch<T>& scratch, const Side& row_side, const Side& column_side) const {
-    const ImageTokens row_tokens(row_side.tokens, item.image), column_tokens(column_side.tokens, item.image);
-    const Matrix<Scalar> row_first = Base::matrix(row_side.first, item, call_.key_width);
-    const Matrix<Scalar> row_second = Base::matrix(row_side.second, item, call_.value_width);
-    const Matrix<Scalar> column_first = Base::matrix(column_side.first, item, call_.key_width);
-    const Matrix<Scalar> column_second = Base::matrix(column_side.second, item, call_.value_width);
+    const Operands operands(*this, item, row_side, column_side);
     const Matrix<Scalar> first_gradient = Base::matrix(row_side.first_gradient, item, call_.key_width);
     const Matrix<Scalar> second_gradient = Base::matrix(row_side.second_gradient, item, call_.value_width);
-    const bool first_streamed = Base::streams(first_gradient, row_tokens);
-    const bool second_streamed = Base::streams(second_gradient, row_tokens);
+    const bool first_streamed = Base::streams(first_gradient, operands.row_tokens);
+    const bool second_streamed = Base::streams(second_gradient, operands.row_tokens);
     const bool latent_columns = are_latents(column_side.tokens);
     const int64_t block = larger<int64_t>(most_columns(column_side.tokens), 1);
     Block<T>&first_target = scratch.row_first_gradient, &second_target = scratch.row_second_gradient;
 
-    row_tokens.for_each_label(Base::chunk(row_side.tokens, item.index), [&](int64_t label, Range rows) {
-      const Range columns = column_tokens.with_label(label);
-      const auto gather_columns = [&](int64_t begin, int64_t count) {
-        const Positions tokens = column_tokens.at(begin);
-        column_first.gather(tokens, count, 0, scratch.column_first.memory, scratch.column_first.rows);
-        column_second.gather(tokens, count, 0, scratch.column_second.memory, scratch.column_second.rows);
-      };
+    operands.row_tokens.for_each_label(Base::chunk(row_side.tokens, item.index), [&](int64_t label, Range rows) {
+      const Range columns = operands.column_tokens.with_label(label);
       const bool one_block = columns.size() <= block;
-      if (one_block) gather_columns(columns.begin, columns.size());
+      if (one_block) operands.gather_columns(columns.begin, columns.size(), scratch);
       if (latent_columns) clear_partials(item, columns, column_side);
       for (int64_t p = rows.begin; p < rows.end; p += kRowBlock) {
         const int64_t count = smaller(kRowBlock, rows.end - p);
-        const int64_t following = row_tokens.count() - p - count;
-        const Positions tokens = row_tokens.at(p);
-        row_first.gather(tokens, count, following, scratch.row_first.memory, scratch.row_first.rows);
-        row_second.gather(tokens, count, following, scratch.row_second.memory, scratch.row_second.rows);
+        const Positions tokens = operands.row_tokens.at(p);
+        operands.gather_rows(p, count, scratch);
         first_gradient.locate(tokens, count, first_target.memory, first_target.rows);
         second_gradient.locate(tokens, count, second_target.memory, second_target.rows);
+        if (kRowsAreQueries && !latent_columns && kRounded) {
+          find_delta_of_rows(item, scratch, operands, p, count, columns);
+        }
         int64_t c = columns.begin;
         do {  // once even without columns, which writes what such rows get
           const int64_t column_count = smaller(block, columns.end - c);
-          if (!one_block) gather_columns(c, column_count);
-          make_tables<kRowsAreQueries>(item, scratch, row_first, row_second, row_tokens, p, count, column_tokens.at(c),
-                                       column_count);
+          if (!one_block) operands.gather_columns(c, column_count, scratch);
+          weigh<kRowsAreQueries>(item, scratch, operands, p, count, c, column_count);
+          differentiate_logits<kRowsAreQueries>(item, scratch, tokens, count, operands.column_tokens.at(c),
+                                                column_count);
           const bool first_block = c == columns.begin;
           const auto write = [&](bool streamed) {
             if (!first_block) return Write::kAccumulate;
@@ -166,51 +236,83 @@ class Backward : public SemanticCrossAttention<Scalar> {
     if (first_streamed || second_streamed) stream_fence();
   }
 
-  // scratch.weights = P and scratch.gradients = dS, both [column][row].
+  // scratch.weights = P and scratch.gradients = dP, both [column][row].
   template <bool kRowsAreQueries>
-  void make_tables(const Item& item, Scratch<T>& scratch, const Matrix<Scalar>& row_first,
-                   const Matrix<Scalar>& row_second, const ImageTokens& row_tokens, int64_t p, int64_t row_count,
-                   Positions columns, int64_t column_count) const {
-    const Positions rows = row_tokens.at(p);
-    Base::dots_and_fetch(row_first, row_tokens, p, row_count, scratch.row_first.rows, scratch.column_first.rows,
-                         column_count, first_width_, scratch.weights, scratch.next_rows);
-    Base::dots_and_fetch(row_second, row_tokens, p, row_count, scratch.row_second.rows, scratch.column_second.rows,
-                         column_count, second_width_, scratch.gradients, scratch.next_rows);
-    const bool saved_delta = !are_latents(keys_.tokens);
+  void weigh(const Item& item, Scratch<T>& scratch, const Operands& operands, int64_t row_position, int64_t row_count,
+             int64_t column_position, int64_t column_count) const {
+    Base::dots_and_fetch(operands.row_first, operands.row_tokens, row_position, row_count, scratch.row_first.rows,
+                         scratch.column_first.rows, column_count, first_width_, scratch.weights, scratch.next_rows);
+    Base::dots_and_fetch(operands.row_second, operands.row_tokens, row_position, row_count, scratch.row_second.rows,
+                         scratch.column_second.rows, column_count, second_width_, scratch.gradients, scratch.next_rows);
     const T scale = static_cast<T>(call_.scale);
-    const auto shift = [&](int64_t query) {  // what is subtracted from dP, but for a delta that is not known yet
-      return (saved_delta ? delta(item)[query] : T(0)) - (gradients_.grad_lse ? grad_lse(item)[query] : T(0));
-    };
+    alignas(kVectorBytes) T row_lse[kRowBlock];
     if constexpr (kRowsAreQueries) {
-      alignas(kVectorBytes) T row_lse[kRowBlock], row_shift[kRowBlock];
-      for (int64_t r = 0; r < kRowBlock; ++r) {
-        const int64_t query = rows[smaller(r, row_count - 1)];
-        row_lse[r] = lse(item)[query];
-        row_shift[r] = shift(query);
-      }
+      const Positions rows = operands.row_tokens.at(row_position);
+      for (int64_t r = 0; r < kRowBlock; ++r) row_lse[r] = lse(item)[rows[smaller(r, row_count - 1)]];
+    }
+    const Positions columns = operands.column_tokens.at(column_position);
+    for (int64_t c = 0; c < column_count; ++c) {
+      const T column_lse = kRowsAreQueries ? T(0) : lse(item)[columns[c]];
       for (int64_t r = 0; r < kRowBlock; r += kLanes<T>) {
-        Vector<T> row_delta = {};
-        for (int64_t c = 0; c < column_count; ++c) {
-          T* weights = scratch.weights + c * kRowBlock + r;
-          store(weights, exp<T>(load(weights) * scale - load(row_lse + r)));
-          row_delta += load(weights) * load(scratch.gradients + c * kRowBlock + r);
-        }
-        const Vector<T> total_shift = load(row_shift + r) + (saved_delta ? Vector<T>{} : row_delta);
-        for (int64_t c = 0; c < column_count; ++c) {
-          T* gradients = scratch.gradients + c * kRowBlock + r;
-          store(gradients, load(scratch.weights + c * kRowBlock + r) * (load(gradients) - total_shift) * scale);
-        }
-      }
-    } else {
-      for (int64_t c = 0; c < column_count; ++c) {
-        const T column_lse = lse(item)[columns[c]], column_shift = shift(columns[c]);
-        for (int64_t r = 0; r < kRowBlock; r += kLanes<T>) {
-          T *weights = scratch.weights + c * kRowBlock + r, *gradients = scratch.gradients + c * kRowBlock + r;
-          store(weights, exp<T>(load(weights) * scale - column_lse));
-          store(gradients, load(weights) * (load(gradients) - column_shift) * scale);
-        }
+        const Vector<T> shift = kRowsAreQueries ? load(row_lse + r) : broadcast<T>(column_lse);
+        T* weights = scratch.weights + c * kRowBlock + r;
+        store<T>(weights, exp<T>(load(weights) * scale - shift));
       }
     }
+  }
+
+  // dP becomes dS.
+  template <bool kRowsAreQueries>
+  void differentiate_logits(const Item& item, Scratch<T>& scratch, Positions rows, int64_t row_count, Positions columns,
+                            int64_t column_count) const {
+    const bool latent_keys = are_latents(keys_.tokens);
+    const auto shift = [&](int64_t query, T query_delta) {
+      return query_delta - (gradients_.grad_lse ? grad_lse(item)[query] : T(0));
+    };
+    alignas(kVectorBytes) T row_shift[kRowBlock];
+    if constexpr (kRowsAreQueries) {
+      if (latent_keys) sum_rows_of_products(scratch, column_count, row_shift);
+      for (int64_t r = 0; r < kRowBlock; ++r) {
+        const int64_t query = rows[smaller(r, row_count - 1)];
+        row_shift[r] = shift(query, latent_keys ? row_shift[r] : delta(item)[query]);
+      }
+    }
+    const T scale = static_cast<T>(call_.scale);
+    for (int64_t c = 0; c < column_count; ++c) {
+      const T column_shift = kRowsAreQueries ? T(0) : shift(columns[c], delta(item)[columns[c]]);
+      for (int64_t r = 0; r < kRowBlock; r += kLanes<T>) {
+        const Vector<T> total = kRowsAreQueries ? load(row_shift + r) : broadcast<T>(column_shift);
+        T* gradients = scratch.gradients + c * kRowBlock + r;
+        store<T>(gradients, load(scratch.weights + c * kRowBlock + r) * (load(gradients) - total) * scale);
+      }
+    }
+  }
+
+  // sums[r] = sum_c P * dP
+  static void sum_rows_of_products(const Scratch<T>& scratch, int64_t column_count, T* sums) {
+    for (int64_t r = 0; r < kRowBlock; r += kLanes<T>) {
+      Vector<T> sum = {};
+      for (int64_t c = 0; c < column_count; ++c) {
+        sum += load(scratch.weights + c * kRowBlock + r) * load(scratch.gradients + c * kRowBlock + r);
+      }
+      store<T>(sums + r, sum);
+    }
+  }
+
+  // delta = rowsum(P * dP) of a block of queries over pixel keys, which come block by block.
+  void find_delta_of_rows(const Item& item, Scratch<T>& scratch, const Operands& operands, int64_t position,
+                          int64_t count, Range columns) const {
+    T total[kRowBlock] = {};
+    for (int64_t c = columns.begin; c < columns.end; c += kColumnBlock) {
+      const int64_t column_count = smaller(kColumnBlock, columns.end - c);
+      operands.gather_columns(c, column_count, scratch);
+      weigh<true>(item, scratch, operands, position, count, c, column_count);
+      alignas(kVectorBytes) T sums[kRowBlock];
+      sum_rows_of_products(scratch, column_count, sums);
+      for (int64_t r = 0; r < kRowBlock; ++r) total[r] += sums[r];
+    }
+    const Positions tokens = operands.row_tokens.at(position);
+    for (int64_t r = 0; r < count; ++r) delta(item)[tokens[r]] = total[r];
   }
 
   void clear_partials(const Item& item, Range latents, const Side& side) const {

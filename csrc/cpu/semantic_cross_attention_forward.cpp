@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "semantic_cross_attention.h"
+#include "softmax.h"
 
 namespace sca::SCA_CPU_CAPABILITY {
 namespace {
@@ -175,6 +176,7 @@ class Forward : public SemanticCrossAttention<Scalar> {
       T* max = Base::partial(Base::partials_.max, item, item.index, columns.begin, 1);
       T* sum = Base::partial(Base::partials_.sum, item, item.index, columns.begin, 1);
       T** targets = scratch.partial_rows;
+      const T scale = static_cast<T>(call_.scale);
       for (int64_t c = 0; c < columns.size(); ++c) {
         max[c] = -std::numeric_limits<T>::infinity();
         sum[c] = 0;
@@ -189,33 +191,13 @@ class Forward : public SemanticCrossAttention<Scalar> {
         Base::dots_and_fetch(key, keys, p, count, scratch.row_first.rows, scratch.column_first.rows, columns.size(),
                              first_width_, scratch.weights, scratch.next_rows);
         for (int64_t c = 0; c < columns.size(); ++c) {
-          const T correction = add_to_column(scratch.weights + c * kRowBlock, count, max[c], sum[c]);
+          const T correction = add_to_softmax(scratch.weights + c * kRowBlock, count, kRowBlock, scale, max[c], sum[c]);
           if (correction != 1) Base::scale(correction, targets[c], second_width_);
         }
         weighted_sum(Write::kAccumulate, Weights<T>{scratch.weights, kRowBlock, 1}, scratch.row_second.rows, count,
                      targets, columns.size(), second_width_);
       }
     });
-  }
-
-  // Turns one column's logits into weights relative to its running maximum; returns the correction of what came before.
-  T add_to_column(T* column, int64_t count, T& max, T& sum) const {
-    const T scale = static_cast<T>(call_.scale);
-    for (int64_t r = 0; r < kRowBlock; r += kLanes<T>) store(column + r, load(column + r) * scale);
-    for (int64_t r = count; r < kRowBlock; ++r) column[r] = -std::numeric_limits<T>::infinity();
-    Vector<T> largest = broadcast<T>(max);
-    for (int64_t r = 0; r < kRowBlock; r += kLanes<T>) largest = maximum<T>(load(column + r), largest);
-    const T new_max = max_lanes<T>(largest);
-    Vector<T> total = {};
-    for (int64_t r = 0; r < kRowBlock; r += kLanes<T>) {
-      const Vector<T> weights = exp<T>(load(column + r) - new_max);
-      store(column + r, weights);
-      total += weights;
-    }
-    const T correction = max == new_max ? T(1) : std::exp(max - new_max);
-    sum = sum * correction + sum_lanes<T>(total);
-    max = new_max;
-    return correction;
   }
 
   // The result of one label's latents from the partial results of the chunks, in their order.

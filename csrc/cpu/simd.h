@@ -14,6 +14,15 @@
 namespace sca::SCA_CPU_CAPABILITY {
 namespace {
 
+template <typename T>
+constexpr T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <typename T>
+constexpr T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
 #if defined(__AVX512F__)
 constexpr int64_t kVectorBytes = 64;
 #elif defined(__AVX2__)

@@ -33,7 +33,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, (
             "the compiled library is not part of this installation (it is built on Linux, where g++ is found)"
         )
-    except ImportError as error:
+    except Exception as error:  # whatever is wrong with the file, importing the package must not fail
         return None, f"the compiled library cannot be loaded: {error}"
 
 

@@ -67,15 +67,19 @@ def semantic_cross_attention_backward(
     workspace = torch.empty(call.workspace_size(), dtype=torch.uint8)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    pointers = [_tensor(tensor) if wanted else _ABSENT for tensor, wanted in zip(gradients, output_mask, strict=True)]
+    targets = [
+        (gradient.data_ptr(), *gradient.stride()) if wanted else _ABSENT
+        for gradient, wanted in zip(gradients, output_mask, strict=True)
+    ]
     call.backward(
         workspace.data_ptr(),
         (
             0 if grad_lse is None else grad_lse.data_ptr(),
-            *_tensor(grad_out),
-            *pointers[0],
-            *pointers[1],
-            *pointers[2],
+            grad_out.data_ptr(),
+            *grad_out.stride(),
+            *targets[0],
+            *targets[1],
+            *targets[2],
         ),
     )
     query_gradient, key_gradient, value_gradient = gradients
@@ -98,41 +102,36 @@ def _call(
     empty: str,
 ) -> Any:
     batch, heads, queries, key_width = query.shape
-    keys, value_width = value.shape[2:]
+    _, _, keys, value_width = value.shape
     return native.SemanticCrossAttention(
         (
             capability(),
             thread_count(batch * heads * max(queries, keys) * (key_width + value_width)),
             scalar_type(query.dtype),
-            *(batch, heads, key_width, value_width),
+            batch,
+            heads,
+            key_width,
+            value_width,
             empty == "uniform",
             lse.data_ptr(),
             *_tokens(queries, query_offsets, query_order, max_query_latents),
             *_tokens(keys, key_offsets, key_order, max_key_latents),
-            *_tensor(query),
-            *_tensor(key),
-            *_tensor(value),
-            *(_ABSENT if out is None else _tensor(out)),
+            query.data_ptr(),
+            *query.stride(),
+            key.data_ptr(),
+            *key.stride(),
+            value.data_ptr(),
+            *value.stride(),
+            *(_ABSENT if out is None else (out.data_ptr(), *out.stride())),
         ),
         scale,
     )
-
-
-def _tensor(tensor: Tensor) -> tuple[int, ...]:
-    return tensor.data_ptr(), *tensor.stride()
 
 
 def _tokens(count: int, offsets: Tensor, order: Tensor | None, max_per_label: int) -> tuple[int, ...]:
     if order is None:
         return count, offsets.shape[0] - 1, offsets.data_ptr(), 0, 0, 0, max_per_label
     images, places = offsets.shape
-    shared = images == 1
-    return (
-        count,
-        places - 1,
-        offsets.data_ptr(),
-        0 if shared else places,
-        order.data_ptr(),
-        0 if shared else count,
-        0,
-    )
+    if images == 1:  # one map for all images
+        return count, places - 1, offsets.data_ptr(), 0, order.data_ptr(), 0, 0
+    return count, places - 1, offsets.data_ptr(), places, order.data_ptr(), count, 0

@@ -6,6 +6,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backends
 from ..labels import LabelMap, LatentLayout
@@ -102,10 +103,19 @@ def semantic_cross_attention(
         >>> out[0, 0, 2:].flatten().tolist()  # label 1 owns the last latent alone
         [3.0, 3.0]
     """
-    query, key, value = _under_autocast(query, key, value)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    device_type = query.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        query, key, value = _autocast(query, key, value)
+        with torch.autocast(device_type, enabled=False):
+            return semantic_cross_attention(  # type: ignore[call-overload]
+                query, key, value, query_tokens, key_tokens, scale=scale, empty=empty, return_lse=return_lse
+            )
     _check(query, key, value, query_tokens, key_tokens, empty)
     if scale is None:
-        scale = query.shape[3] ** -0.5
+        scale = max(query.shape[3], 1) ** -0.5
     backend = backends.resolve(_OPERATOR, query.device, query.dtype)
     if backend == "reference":
         out, lse = reference.semantic_cross_attention(
@@ -130,12 +140,10 @@ def semantic_cross_attention(
     return (out, lse) if return_lse else out
 
 
-def _under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    castable = (torch.float32, torch.bfloat16, torch.float16)
+    return [tensor.to(dtype) if tensor.dtype in castable else tensor for tensor in tensors]
 
 
 def _check(
@@ -149,15 +157,16 @@ def _check(
     dtype, device = query.dtype, query.device
     if dtype not in _TYPES:
         raise TypeError(f"query: expected float32, float64, bfloat16 or float16, got {dtype}")
-    shapes = query.shape, key.shape, value.shape
-    for name, tensor, shape in zip(("query", "key", "value"), (query, key, value), shapes, strict=True):
+    query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    for name, shape in (("query", query_shape), ("key", key_shape), ("value", value_shape)):
         if len(shape) != 4:
             raise ValueError(f"{name}: expected shape (B, H, N, D), got {tuple(shape)}")
+    for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype} like query, got {tensor.dtype}")
         if tensor.device != device:
             raise ValueError(f"{name}: expected a tensor on {device} like query, got one on {tensor.device}")
-    (batch, heads, queries, width), key_shape, value_shape = shapes
+    batch, heads, queries, width = query_shape
     keys = key_shape[2]
     if key_shape != (batch, heads, keys, width):
         raise ValueError(f"key: expected shape ({batch}, {heads}, Nk, {width}) to match query, got {tuple(key_shape)}")
@@ -240,8 +249,8 @@ class _Differentiable(torch.autograd.Function):
         grouping = (query_offsets, query_order, key_offsets, key_order)
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = _operator(query, key, value, *grouping, *settings)
-        # Latent keys are few enough to do without the output: rowsum(dO * O) = rowsum(P * dP).
-        saved_out = None if key_order is None else out
+        # rowsum(dO * O) = rowsum(P * dP): latent keys give that in passing, and an output of 16 bits would spoil it.
+        saved_out = out if key_order is not None and lse.dtype == out.dtype else None
         ctx.save_for_backward(query, key, value, saved_out, lse, *grouping)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
@@ -261,7 +270,9 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _autograd(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    # Forward-mode differentiation must reach the function too, which refuses it; below it tangents would be dropped.
+    wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if wanted or forward_ad._current_level >= 0:
         return _Differentiable.apply(query, key, value, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return _operator(query, key, value, *rest)
@@ -279,8 +290,7 @@ def _backward_autograd(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) ->
 
 
 def _dispatch(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *rest, backend = arguments
-    return backends.implementation(_OPERATOR, backend)(*rest)
+    return backends.implementation(_OPERATOR, arguments[-1])(*arguments[:-1])
 
 
 def _backward_dispatch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,80 @@
+"""What the tests run under: uninitialised memory that shows, and each instruction set that this machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from sca_kernels import cpu
+
+# The same few examples every time, so that a failure is there again on the next run and on the next machine.
+hypothesis.settings.register_profile(
+    "sca",
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    # The fixtures set up a process-wide state that no example changes.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("sca")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Memory from ``torch.empty`` is NaN, or the largest integer: an element that nobody writes, or a workspace that is
+    read before it is written, shows in the results."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warns_only)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """The tensors of the tests are small: a second thread mostly waits, for long where others use the processor too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def native() -> None:
+    """Skips the test where the compiled kernels cannot run."""
+    reason = cpu.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=cpu.CAPABILITIES)
+def capability(request: pytest.FixtureRequest, native: None) -> Iterator[str]:
+    """Runs the test under each instruction set of the compiled kernels."""
+    name = request.param
+    if name not in cpu.capabilities():
+        pytest.skip(f"this machine or this build has no {name} kernels")
+    before = cpu.CAPABILITIES[cpu.capability()]
+    cpu.set_capability(name)
+    yield name
+    cpu.set_capability(before)
+
+
+@pytest.fixture
+def use_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """A function that sets the number of threads, for calls of any size: small ones otherwise run on one."""
+    monkeypatch.setattr(cpu, "_WORK_PER_THREAD", 0)
+    before = torch.get_num_threads()
+
+    def use(threads: int) -> None:
+        torch.set_num_threads(threads)
+        assert cpu.thread_count(1) == threads
+
+    yield use
+    torch.set_num_threads(before)
