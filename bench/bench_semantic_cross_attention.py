@@ -73,7 +73,7 @@ def test_threads(run: Run, count: int) -> None:
             run,
             problem,
             f"{count} thread{'s' * (count > 1)}",
-            title="Threads, 65,536 pixels, 19 labels",
+            title="Threads, 65,536 pixels",
             goals=HEADLINE_GOALS,
         )
 

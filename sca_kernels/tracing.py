@@ -20,3 +20,24 @@ def is_recording(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return True
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_plain_call(first: Tensor, second: Tensor, third: Tensor) -> bool:
+    """Whether the dispatcher would bring an operator's call to its kernel and do nothing else on the way.
+
+    It has more to do for a mode, a transform, a trace, a profiler, a tensor subclass or a lazily negated tensor.
+    Otherwise it can be left out: it costs as much as a small call.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+        and type(first) in _PLAIN
+        and type(second) in _PLAIN
+        and type(third) in _PLAIN
+        and not (first.is_neg() or second.is_neg() or third.is_neg())
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

@@ -9,8 +9,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 CAPABILITIES = ("baseline", "avx2", "avx512")  # instruction sets, weakest first, numbered as in csrc/sca_kernels.h
+
+# From this size on the C library gives every tensor fresh memory and returns it to the system afterwards.
+_FRESH_BYTES = 32 << 20
 
 _SCALAR_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -91,3 +95,10 @@ def thread_count(work: int) -> int:
     """Threads for a call of so many multiply-adds: at most PyTorch's, one if there is little to do."""
     threads = torch.get_num_threads()
     return threads if work >= threads * _WORK_PER_THREAD else 1
+
+
+def prepare_result(tensor: Tensor) -> Tensor:
+    """Prepares the memory of a large result to be written for the first time; returns the tensor."""
+    if tensor.nbytes >= _FRESH_BYTES:
+        native.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor

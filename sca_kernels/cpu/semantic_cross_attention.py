@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..outputs import empty_attention_outputs
-from . import capability, native, scalar_type, thread_count
+from . import capability, native, prepare_result, scalar_type, thread_count
 
 _ABSENT = (0, 0, 0, 0, 0)  # a tensor that is not there
 
@@ -28,6 +28,7 @@ def semantic_cross_attention(
 ) -> tuple[Tensor, Tensor]:
     """Returns the output and the log-sum-exp."""
     out, lse = empty_attention_outputs(query, value)
+    prepare_result(out)
     call = _call(
         query, key, value, out, lse, query_offsets, query_order, key_offsets, key_order,
         max_query_latents, max_key_latents, scale, empty,
@@ -57,7 +58,7 @@ def semantic_cross_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key and value; one that ``output_mask`` does not ask for is an empty tensor."""
     gradients = [
-        torch.empty_like(tensor) if wanted else tensor.new_empty(0)
+        prepare_result(torch.empty_like(tensor)) if wanted else tensor.new_empty(0)
         for tensor, wanted in zip((query, key, value), output_mask, strict=True)
     ]
     call = _call(

@@ -12,6 +12,7 @@ from .. import backends
 from ..labels import LabelMap, LatentLayout
 from ..outputs import empty_attention_outputs
 from ..reference import semantic_cross_attention as reference
+from ..tracing import is_plain_call
 from .library import LIBRARY
 
 _OPERATOR = "semantic_cross_attention"
@@ -158,14 +159,16 @@ def _check(
     if dtype not in _TYPES:
         raise TypeError(f"query: expected float32, float64, bfloat16 or float16, got {dtype}")
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
-    for name, shape in (("query", query_shape), ("key", key_shape), ("value", value_shape)):
-        if len(shape) != 4:
-            raise ValueError(f"{name}: expected shape (B, H, N, D), got {tuple(shape)}")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype} like query, got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected a tensor on {device} like query, got one on {tensor.device}")
+    if not len(query_shape) == len(key_shape) == len(value_shape) == 4:
+        for name, shape in (("query", query_shape), ("key", key_shape), ("value", value_shape)):
+            if len(shape) != 4:
+                raise ValueError(f"{name}: expected shape (B, H, N, D), got {tuple(shape)}")
+    if key.dtype != dtype or value.dtype != dtype or key.device != device or value.device != device:
+        for name, tensor in (("key", key), ("value", value)):
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name}: expected {dtype} like query, got {tensor.dtype}")
+            if tensor.device != device:
+                raise ValueError(f"{name}: expected a tensor on {device} like query, got one on {tensor.device}")
     batch, heads, queries, width = query_shape
     keys = key_shape[2]
     if key_shape != (batch, heads, keys, width):
@@ -247,8 +250,7 @@ class _Differentiable(torch.autograd.Function):
         *settings: Any,
     ) -> tuple[Tensor, Tensor]:
         grouping = (query_offsets, query_order, key_offsets, key_order)
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = _operator(query, key, value, *grouping, *settings)
+        out, lse = _below_autograd(query, key, value, *grouping, *settings)
         # rowsum(dO * O) = rowsum(P * dP): latent keys give that in passing, and an output of 16 bits would spoil it.
         saved_out = out if key_order is not None and lse.dtype == out.dtype else None
         ctx.save_for_backward(query, key, value, saved_out, lse, *grouping)
@@ -274,6 +276,12 @@ def _autograd(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Te
     wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if wanted or forward_ad._current_level >= 0:
         return _Differentiable.apply(query, key, value, *rest)
+    return _below_autograd(query, key, value, *rest)
+
+
+def _below_autograd(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if is_plain_call(query, key, value):
+        return _dispatch(query, key, value, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return _operator(query, key, value, *rest)
 
