@@ -225,12 +225,13 @@ class LabelMap:
         Remembered per resolution until ``labels`` is written to; while compiling, exporting or capturing a CUDA graph
         it becomes part of the graph instead.
         """
-        has_plan = self.plan is not None and (height, width) == (self.height, self.width)
-        if is_recording(self.labels):
-            return self if has_plan else self._planned_at(height, width)
-        version = _version(self.labels)
-        if has_plan and self._plan_version == version:
+        recording = is_recording(self.labels)
+        version = -1 if recording else _version(self.labels)
+        plan_holds = self.plan is not None and (recording or self._plan_version == version)
+        if plan_holds and (height, width) == (self.height, self.width):
             return self
+        if recording:
+            return self._planned_at(height, width)
         known = self._memo.get((height, width))
         if known is None or known[0] != version:
             with torch.inference_mode(False):  # what is remembered may serve training later
@@ -239,7 +240,10 @@ class LabelMap:
 
     def planned(self) -> LabelMap:
         """The map at its own resolution, with its plan; see :meth:`at`."""
-        _, height, width = self.labels.shape
+        labels = self.labels
+        if self.plan is not None and (is_recording(labels) or self._plan_version == _version(labels)):
+            return self
+        _, height, width = labels.shape
         return self.at(height, width)
 
     def _planned_at(self, height: int, width: int) -> LabelMap:

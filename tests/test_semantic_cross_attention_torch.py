@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tokens import COMBINATIONS, Tokens, label_map, make_problem, random_map, solve
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
@@ -541,6 +545,44 @@ def test_calls_from_several_threads():
     for thread in threads:
         thread.join()
     assert not failures, failures
+
+
+def test_a_dispatch_mode_sees_the_operators():
+    """What flop counters and tracers are made of: no call of the kernels goes past it."""
+    seen = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            seen.append(operator)
+            return operator(*arguments, **(options or {}))
+
+    pixels, inputs = make_inputs()
+    pixels.at(6, 7)
+    expected = gradients(with_argument, pixels, *inputs, inputs=inputs)
+    with Recorder():
+        assert_equal(gradients(with_argument, pixels, *inputs, inputs=inputs), expected)
+    assert OPERATOR in seen and BACKWARD_OPERATOR in seen
+
+
+ZERO_TENSORS = """
+import torch
+from tokens import COMBINATIONS, assert_same_bits, make_problem, solve
+
+problem = make_problem(*COMBINATIONS["pixel-latent"])
+for name in ("query", "key", "value", "grad_out"):
+    zero = torch._efficientzerotensor(getattr(problem, name).shape)
+    expected = solve(problem.changed(**{name: torch.zeros(zero.shape)}), "cpu")
+    assert_same_bits(solve(problem.changed(**{name: zero}), "cpu"), expected)
+"""
+
+
+@pytest.mark.subprocess
+def test_zeros_without_memory():
+    """Derivatives that are zero may be tensors without memory; in its own process, since reading them would end it."""
+    result = subprocess.run(
+        [sys.executable, "-c", ZERO_TENSORS], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr}"
 
 
 @combination

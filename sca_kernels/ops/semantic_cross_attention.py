@@ -108,7 +108,7 @@ def semantic_cross_attention(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     device_type = query.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         query, key, value = _autocast(query, key, value)
         with torch.autocast(device_type, enabled=False):
             return semantic_cross_attention(  # type: ignore[call-overload]
@@ -298,7 +298,8 @@ def _backward_autograd(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) ->
 
 
 def _dispatch(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return backends.implementation(_OPERATOR, arguments[-1])(*arguments[:-1])
+    *rest, backend = arguments
+    return backends.implementation(_OPERATOR, backend)(*rest)
 
 
 def _backward_dispatch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
