@@ -355,9 +355,10 @@ def _race(
 def _race_masked(run: Run, problem: Problem, row: str, title: str) -> None:
     """Queries that are latents, against the formulations with a mask, in both passes."""
     expected = problem.expected()
-    attentions = {"ours": contenders.ours(problem), "dense": contenders.dense(problem)}
+    attentions = {"ours": contenders.ours(problem)}
     if isinstance(problem.key_tokens, LabelMap):
         attentions["ours + plan"] = contenders.ours_with_plan(problem)
+    attentions["dense"] = contenders.dense(problem)
     absent = []
     if torch.isin(problem.query_labels, problem.key_labels).all():
         attentions["SDPA"] = contenders.sdpa(problem)

@@ -34,9 +34,10 @@ class Goal:
 
     def describe(self, figures: Mapping[str, Figure]) -> str | None:
         """The goal beside what was measured, or None if it was not."""
-        measured = None
-        if self.numerator in figures and self.denominator in figures:
-            measured = ratio(figures[self.numerator], figures[self.denominator])
+        if self.numerator not in figures or self.denominator not in figures:
+            return None
+        numerator, denominator = figures[self.numerator], figures[self.denominator]
+        measured = ratio(numerator, denominator)
         if measured is None:
             return None
         value, lower, upper = measured
@@ -46,6 +47,8 @@ class Goal:
             wanted, met = f">= {self.at_least:g}", value >= (self.at_least or 0)
         spread = f"{value:.2f} ({lower:.2f} to {upper:.2f})"
         verdict = "met" if met else "MISSED"
+        if numerator.disturbed or denominator.disturbed:
+            verdict = "undecided (*)"
         return f"{self.numerator} / {self.denominator}: {spread}, goal {wanted}: {verdict}"
 
 

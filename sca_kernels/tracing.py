@@ -25,19 +25,22 @@ def is_recording(tensor: Tensor) -> bool:
 def is_plain_call(first: Tensor, second: Tensor, third: Tensor) -> bool:
     """Whether the dispatcher would bring an operator's call to its kernel and do nothing else on the way.
 
-    It has more to do for a mode, a transform, a trace, a profiler, a tensor subclass or a lazily negated tensor.
-    Otherwise it can be left out: it costs as much as a small call.
+    It has more to do for a mode, a transform, a trace, a profiler, a tensor subclass, a lazily negated tensor or zeros
+    without memory. Otherwise it can be left out: it costs as much as a small call.
     """
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and not torch._C._autograd._profiler_enabled()
-        and type(first) in _PLAIN
-        and type(second) in _PLAIN
-        and type(third) in _PLAIN
-        and not (first.is_neg() or second.is_neg() or third.is_neg())
+        and _is_plain(first)
+        and _is_plain(second)
+        and _is_plain(third)
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -45,7 +45,7 @@ template <typename T>
 struct FloatTraits;
 template <>
 struct FloatTraits<float> {
-  using Bits = int32_t;
+  using Bits = uint32_t;
   static constexpr int kMantissaBits = 23;
   static constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kExpLowest = -87.0f;     // exp is taken as zero below: 2^-126 is the smallest normal number
@@ -54,7 +54,7 @@ struct FloatTraits<float> {
 };
 template <>
 struct FloatTraits<double> {
-  using Bits = int64_t;
+  using Bits = uint64_t;
   static constexpr int kMantissaBits = 52;
   static constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double kExpLowest = -708.0;
