@@ -33,14 +33,12 @@ def is_plain_call(first: Tensor, second: Tensor, third: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
         and not torch._C._autograd._profiler_enabled()
-        and _is_plain(first)
-        and _is_plain(second)
-        and _is_plain(third)
+        and type(first) in _PLAIN
+        and type(second) in _PLAIN
+        and type(third) in _PLAIN
+        and not (first.is_neg() or second.is_neg() or third.is_neg())
+        and not (first._is_zerotensor() or second._is_zerotensor() or third._is_zerotensor())
     )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
