@@ -70,7 +70,7 @@ class LabelMap:
             the checks (on a GPU, or written later) are treated as ignored.
         num_labels: number of labels s.
         plan: the pixels grouped by label, as the kernels want them; made by :meth:`at`, otherwise None. It belongs to
-            the labels as they were then; compiled code that is given a map with a plan believes it.
+            the labels as they were then; code that is compiled or captured with a map that has a plan believes it.
 
     Example:
         >>> label_map = LabelMap.from_labels(torch.tensor([[0, 0, 1], [1, 1, 255]]), num_labels=2, ignore_index=255)

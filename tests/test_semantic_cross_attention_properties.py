@@ -16,6 +16,7 @@ from tokens import (
     assert_close,
     assert_matches_reference,
     assert_same_bits,
+    combine,
     error_ratio,
     make_problem,
     mostly,
@@ -193,12 +194,7 @@ def test_repeating_changes_no_bit(problem, empty):
 def test_threads_change_no_bit(capability, use_threads: Callable[[int], None], combination, dtype):
     pixels, more_pixels = mostly(1, random_map(2, 28, 31, 3)), random_map(2, 20, 21, 3, seed=5)
     latents, more_latents = LatentLayout((5, 0, 9)), LatentLayout((0, 3, 2))
-    query_tokens, key_tokens = {
-        "pixel-latent": (pixels, latents),
-        "latent-pixel": (latents, pixels),
-        "latent-latent": (latents, more_latents),
-        "pixel-pixel": (pixels, more_pixels),
-    }[combination]
+    query_tokens, key_tokens = combine(combination, pixels, more_pixels, latents, more_latents)
     problem = make_problem(query_tokens, key_tokens, key_width=16, value_width=8, dtype=dtype)
     results = []
     for threads in (1, 2, 3, 2):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokens import COMBINATIONS, Tokens, label_map, make_problem, random_map, solve
+from tokens import COMBINATIONS, Tokens, combine, label_map, make_problem, random_map, solve
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -446,12 +446,7 @@ def test_what_inference_mode_remembers_serves_training(remembered):
 def test_reference_is_twice_differentiable(combination, empty):
     pixels, more_pixels = label_map([[0, 1, -1]], 3), label_map([[1, 0]], 3)
     latents, more_latents = LatentLayout((2, 0, 1)), LatentLayout((1, 1, 0))
-    query_tokens, key_tokens = {
-        "pixel-latent": (pixels, latents),
-        "latent-pixel": (latents, pixels),
-        "latent-latent": (latents, more_latents),
-        "pixel-pixel": (pixels, more_pixels),
-    }[combination]
+    query_tokens, key_tokens = combine(combination, pixels, more_pixels, latents, more_latents)
     problem = make_problem(query_tokens, key_tokens, batch=1, heads=1, key_width=2, value_width=2, dtype=torch.float64)
 
     def attend(*inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -209,3 +209,15 @@ def assert_at_least_as_accurate(problem: Problem, expected: Results, *, empty: s
         assert got.dtype == also.dtype, name
         limit = 1.5 * error_ratio(also, wanted) + 1e-6
         assert error_ratio(got, wanted) <= limit, f"{name}: {error_ratio(got, wanted):.2e} > {limit:.2e}"
+
+
+def combine(
+    combination: str, pixels: LabelMap, more_pixels: LabelMap, latents: LatentLayout, more_latents: LatentLayout
+) -> tuple[Tokens, Tokens]:
+    """The tokens of query and key, of those given, for a combination of kinds."""
+    return {
+        "pixel-latent": (pixels, latents),
+        "latent-pixel": (latents, pixels),
+        "latent-latent": (latents, more_latents),
+        "pixel-pixel": (pixels, more_pixels),
+    }[combination]

@@ -39,7 +39,12 @@ class Backward : public SemanticCrossAttention<Scalar> {
     if (!latent_keys && !kRounded) {
       Base::each_chunk(queries_.tokens, [&](const Item& item, Scratch<T>& scratch) { find_delta(item, scratch); });
     }
-    if (!latent_keys && latent_queries && kRounded) sum_delta();
+    if (!latent_keys && latent_queries && kRounded) {
+      const int64_t labels = queries_.tokens.labels;
+      Base::each_chunk(keys_.tokens, [&](const Item& item, Scratch<T>& scratch) { sum_delta(item, scratch); });
+      parallel_for(Base::items(labels), call_.threads,
+                   [&](int64_t index, int) { merge_delta(Base::split(index, labels)); });
+    }
 
     const bool keys_wanted = wanted(keys_.first_gradient) || wanted(keys_.second_gradient);
     const bool by_query = latent_keys || (!latent_queries && (wanted(queries_.first_gradient) || kRounded));
@@ -92,44 +97,39 @@ class Backward : public SemanticCrossAttention<Scalar> {
     }
   }
 
-  // delta = rowsum(P * dP) of latent queries over their pixel keys, from sums of the chunks of keys in their order.
-  void sum_delta() const {
-    Base::each_chunk(keys_.tokens, [&](const Item& item, Scratch<T>& scratch) {
-      const ImageTokens keys(keys_.tokens, item.image), queries(queries_.tokens, item.image);
-      keys.for_each_label(Base::chunk(keys_.tokens, item.index), [&](int64_t label, Range rows) {
-        const Range columns = queries.with_label(label);
-        if (columns.size() == 0) return;
-        Operands operands(*this, item, keys_, queries_);
-        operands.gather_columns(columns.begin, columns.size(), scratch);
-        T* sums = Base::partial(Base::partials_.sum, item, item.index, columns.begin, 1);
-        Base::fill(sums, columns.size());
-        for (int64_t p = rows.begin; p < rows.end; p += kRowBlock) {
-          const int64_t count = smaller(kRowBlock, rows.end - p);
-          operands.gather_rows(p, count, scratch);
-          weigh<false>(item, scratch, operands, p, count, columns.begin, columns.size());
-          for (int64_t c = 0; c < columns.size(); ++c) {
-            for (int64_t r = 0; r < count; ++r) {
-              sums[c] += scratch.weights[c * kRowBlock + r] * scratch.gradients[c * kRowBlock + r];
-            }
-          }
+  // The part of delta = rowsum(P * dP) of latent queries that a chunk of their pixel keys makes.
+  void sum_delta(const Item& item, Scratch<T>& scratch) const {
+    const Operands operands(*this, item, keys_, queries_);
+    operands.row_tokens.for_each_label(Base::chunk(keys_.tokens, item.index), [&](int64_t label, Range rows) {
+      const Range columns = operands.column_tokens.with_label(label);
+      if (columns.size() == 0) return;
+      operands.gather_columns(columns.begin, columns.size(), scratch);
+      T* sums = Base::partial(Base::partials_.sum, item, item.index, columns.begin, 1);
+      Base::fill(sums, columns.size());
+      for (int64_t p = rows.begin; p < rows.end; p += kRowBlock) {
+        const int64_t count = smaller(kRowBlock, rows.end - p);
+        operands.gather_rows(p, count, scratch);
+        weigh<false>(item, scratch, operands, p, count, columns.begin, columns.size());
+        for (int64_t c = 0; c < columns.size(); ++c) {
+          const T *weights = scratch.weights + c * kRowBlock, *products = scratch.gradients + c * kRowBlock;
+          for (int64_t r = 0; r < count; ++r) sums[c] += weights[r] * products[r];
         }
-      });
-    });
-    const int64_t labels = queries_.tokens.labels;
-    parallel_for(Base::items(labels), call_.threads, [&](int64_t index, int) {
-      const Item item = Base::split(index, labels);
-      const Range latents = ImageTokens(queries_.tokens, item.image).with_label(item.index);
-      const Range pixels = ImageTokens(keys_.tokens, item.image).with_label(item.index);
-      if (pixels.size() == 0) return;
-      const Range chunks = Base::chunks_of(pixels);
-      for (int64_t latent = latents.begin; latent < latents.end; ++latent) {
-        T sum = 0;
-        for (int64_t c = chunks.begin; c < chunks.end; ++c) {
-          sum += *Base::partial(Base::partials_.sum, item, c, latent, 1);
-        }
-        delta(item)[latent] = sum;
       }
     });
+  }
+
+  // delta of one label's latent queries from the parts of the chunks, in their order.
+  void merge_delta(const Item& item) const {
+    const Range latents = ImageTokens(queries_.tokens, item.image).with_label(item.index);
+    const Range pixels = ImageTokens(keys_.tokens, item.image).with_label(item.index);
+    const Range chunks = pixels.size() > 0 ? Base::chunks_of(pixels) : Range{0, 0};
+    for (int64_t latent = latents.begin; latent < latents.end; ++latent) {
+      T sum = 0;
+      for (int64_t c = chunks.begin; c < chunks.end; ++c) {
+        sum += *Base::partial(Base::partials_.sum, item, c, latent, 1);
+      }
+      delta(item)[latent] = sum;
+    }
   }
 
   T dot(const T* a, const T* b) const {
