@@ -63,6 +63,16 @@ def photograph(height: int, width: int, num_labels: int) -> Tensor:
     return LabelMap.from_png(path, num_labels).at(height, width).labels.contiguous()
 
 
+def parts(height: int, width: int, num_labels: int) -> Tensor:
+    """The areas of :func:`photograph`, each cut by a grid of 4 x 2: twenty parts, spread evenly over the labels."""
+    areas = photograph(512, 512, 3)
+    rows, columns = torch.arange(512) // 128, torch.arange(512) // 256
+    cells = areas * 8 + rows[:, None] * 2 + columns
+    present, index = torch.unique(cells, return_inverse=True)
+    labels = index * num_labels // present.numel()
+    return LabelMap.from_labels(labels, num_labels).at(height, width).labels.contiguous()
+
+
 def makers() -> dict[str, Callable[[int, int, int], Tensor]]:
     """The kinds of maps that can be made here, by name."""
     kinds = [regions, blocks, stripes, one_label, random]

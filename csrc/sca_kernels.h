@@ -53,6 +53,105 @@ struct sca_semantic_cross_attention_gradients {
   sca_tensor grad_query, grad_key, grad_value;
 };
 
+// A feature map of shape (batch, channels, height, width) with any strides.
+struct sca_feature_map {
+  void* data;
+  int64_t batch_stride;
+  int64_t channel_stride;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+// The latents of a label pool the raw features of its pixels. See semantic_pool in Python. Everything but x is
+// contiguous and float, or double where x is; (...) stands for (batch, heads, latents).
+struct sca_semantic_pool {
+  int64_t batch, heads, channels, height, width;
+  sca_tokens latents, pixels;
+  sca_feature_map x;
+  const void *queries, *row_bias, *col_bias;  // (..., channels), (..., height) or null, (..., width) or null
+  void *pooled, *lse;                         // (..., channels), (...)
+  void *row_mass, *col_mass;                  // (..., height), (..., width)
+  void *mean, *second_moment;                 // (batch, channels)
+  int32_t empty_uniform;                      // a latent without pixels: 1 pools the mean of all, 0 pools zero
+  int32_t scalar_type;                        // of x
+  int32_t threads;
+  void* workspace;
+};
+
+// Gradients of the call above, whose results are read. Null: no such gradient came, or it is not wanted.
+struct sca_semantic_pool_gradients {
+  const void *grad_pooled, *grad_lse, *grad_row_mass, *grad_col_mass, *grad_mean, *grad_second_moment;
+  sca_feature_map grad_x;
+  void *grad_queries, *grad_row_bias, *grad_col_bias;
+};
+
+// Noise that is added to a modulated feature map: strength times one value per pixel, or one normal number per element.
+struct sca_noise {
+  const void* values;  // one per pixel; float, or double where x is; null: none
+  int64_t batch_stride, row_stride, column_stride;
+  const int64_t* seed;   // of a normal number per element, see noise.h; null: none
+  const void* strength;  // (batch, channels); null only without noise
+};
+
+// Pixels attend to the latents of their label, whose rows scale and shift the normalised features. See
+// semantic_modulate in Python. Tables are contiguous and float, or double where x is; (...) stands for
+// (batch, heads, latents).
+struct sca_semantic_modulate {
+  int64_t batch, heads, channels, height, width;
+  sca_tokens latents, pixels;
+  sca_feature_map x, out;
+  const void *keys, *scale, *shift;            // (..., channels)
+  const void *key_bias, *row_bias, *col_bias;  // (...), (..., height), (..., width) or null
+  const void *scale_bias, *shift_bias;         // (batch, channels) or null
+  const void *empty_scale, *empty_shift;       // (batch, channels), of pixels without latents; null: see empty_uniform
+  void *mean, *rstd;                           // (batch, channels); read where they are given, else forward writes them
+  sca_noise noise;
+  double eps, negative_slope;
+  int32_t add_one;        // whether features are multiplied by 1 + scale
+  int32_t stats_given;    // whether mean and rstd are inputs
+  int32_t empty_uniform;  // a pixel without latents: 1 takes the mean of the rows of all latents, 0 takes zero
+  int32_t scalar_type;    // of x, out and their gradients
+  int32_t threads;
+  void* workspace;
+};
+
+// Gradients of the call above. Null: it is not wanted. grad_mean and grad_rstd only where they are given.
+struct sca_semantic_modulate_gradients {
+  sca_feature_map grad_out, grad_x;
+  void *grad_keys, *grad_scale, *grad_shift;
+  void *grad_key_bias, *grad_row_bias, *grad_col_bias;
+  void *grad_scale_bias, *grad_shift_bias, *grad_empty_scale, *grad_empty_shift;
+  void *grad_mean, *grad_rstd;
+  void* grad_noise_strength;  // (batch, channels)
+};
+
+// Normalised features are scaled and shifted by what is given, per pixel or per channel. See instance_modulate in
+// Python. Contiguous tables are float, or double where x is.
+struct sca_instance_modulate {
+  int64_t batch, channels, height, width;
+  sca_feature_map x, out;                    // out: backward reads its gradient there
+  sca_feature_map gamma, beta;               // per pixel; of null data: not given per pixel
+  const void *channel_gamma, *channel_beta;  // (batch, channels) or null
+  double *mean, *rstd;                       // (batch, channels); read where they are given, else forward writes them
+  sca_noise noise;
+  double eps, negative_slope;
+  int32_t gamma_wide, beta_wide;  // whether these maps are float although x has 16 bits
+  int32_t add_one;                // whether features are multiplied by 1 + gamma
+  int32_t stats_given;            // whether mean and rstd are inputs
+  int32_t unbiased;               // whether the variance divides by one less than the number of pixels
+  int32_t scalar_type;            // of x, out and their gradients
+  int32_t threads;
+  void* workspace;
+};
+
+// Gradients of the call above. Null: it is not wanted. grad_mean and grad_rstd only where they are given.
+struct sca_instance_modulate_gradients {
+  sca_feature_map grad_x;
+  sca_feature_map grad_gamma, grad_beta;         // of maps, in their type
+  void *grad_channel_gamma, *grad_channel_beta;  // (batch, channels), like the following
+  void *grad_mean, *grad_rstd, *grad_noise_strength;
+};
+
 // Groups the pixels of label maps: see label_plan in Python.
 struct sca_label_plan {
   int64_t batch, height, width, labels, tile_height, tile_width;
@@ -77,6 +176,20 @@ int64_t sca_semantic_cross_attention_workspace(const sca_semantic_cross_attentio
 void sca_semantic_cross_attention_forward(const sca_semantic_cross_attention* call, int32_t capability);
 void sca_semantic_cross_attention_backward(const sca_semantic_cross_attention* call,
                                            const sca_semantic_cross_attention_gradients* gradients, int32_t capability);
+int64_t sca_semantic_pool_workspace(const sca_semantic_pool* call, int32_t capability);
+void sca_semantic_pool_forward(const sca_semantic_pool* call, int32_t capability);
+void sca_semantic_pool_backward(const sca_semantic_pool* call, const sca_semantic_pool_gradients* gradients,
+                                int32_t capability);
+int64_t sca_semantic_modulate_workspace(const sca_semantic_modulate* call, int32_t capability);
+void sca_semantic_modulate_forward(const sca_semantic_modulate* call, int32_t capability);
+int64_t sca_semantic_modulate_backward_workspace(const sca_semantic_modulate* call, int32_t capability);
+void sca_semantic_modulate_backward(const sca_semantic_modulate* call, const sca_semantic_modulate_gradients* gradients,
+                                    int32_t capability);
+int64_t sca_instance_modulate_workspace(const sca_instance_modulate* call, int32_t capability);
+void sca_instance_modulate_forward(const sca_instance_modulate* call, int32_t capability);
+int64_t sca_instance_modulate_backward_workspace(const sca_instance_modulate* call, int32_t capability);
+void sca_instance_modulate_backward(const sca_instance_modulate* call, const sca_instance_modulate_gradients* gradients,
+                                    int32_t capability);
 void sca_label_plan_make(const sca_label_plan* call, int32_t capability);
 
 }  // extern "C"

@@ -69,7 +69,9 @@ BACKENDS = {
         name="cpu",
         summary="compiled C++ kernels",
         devices=frozenset({"cpu"}),
-        operators=frozenset({"label_plan", "semantic_cross_attention"}),
+        operators=frozenset(
+            {"label_plan", "semantic_cross_attention", "semantic_pool", "semantic_modulate", "instance_modulate"}
+        ),
         why_not=_native_why_not,
     ),
 }
@@ -78,6 +80,9 @@ BACKENDS = {
 _PREFERENCES: dict[tuple[str, str], tuple[str, ...]] = {
     ("label_plan", "cpu"): ("cpu",),
     ("semantic_cross_attention", "cpu"): ("cpu",),
+    ("semantic_pool", "cpu"): ("cpu",),
+    ("semantic_modulate", "cpu"): ("cpu",),
+    ("instance_modulate", "cpu"): ("cpu",),
 }
 
 _ENVIRONMENT_CHOICE = os.environ.get("SCA_BACKEND", "")

@@ -364,6 +364,38 @@ class LatentLayout:
         """The label of each latent, int32 (m), made once for each device."""
         return self._tensor("labels", device)
 
+    def present_in(self, label_map: LabelMap) -> LatentSelection:
+        """The latents whose labels occur in each image of ``label_map``, which says at which resolution.
+
+        Absent labels then cost nothing. The number of rows is that of the image with most of them on the CPU; while
+        compiling, exporting or on a GPU, where nothing is read back, it is the most that any image of that size needs.
+
+        Raises:
+            TypeError: if ``label_map`` is not a label map.
+            ValueError: if it has another number of labels.
+        """
+        if not isinstance(label_map, LabelMap):
+            raise TypeError(f"label_map: expected a LabelMap, got {type(label_map).__name__}")
+        if label_map.num_labels != self.num_labels:
+            raise ValueError(
+                f"label_map: expected {self.num_labels} labels like the layout, got {label_map.num_labels}"
+            )
+        plan = label_map.planned().plan
+        assert plan is not None
+        offsets, begins = plan.offsets, self.offsets(plan.offsets.device)
+        owned = torch.where(offsets.diff() > 0, begins.diff(), 0)
+        cu_latents = F.pad(owned.cumsum(1), (1, 0))
+        if offsets.device.type == "cpu" and not is_recording(label_map.labels) and not is_tracing():
+            count = max(int(cu_latents[:, -1].max()), min(self.count, 1)) if len(offsets) else min(self.count, 1)
+        else:
+            most_labels = min(self.num_labels, label_map.height * label_map.width)
+            count = max(sum(sorted(self.latents_per_label, reverse=True)[:most_labels]), min(self.count, 1))
+        label = _labels_of_rows(cu_latents, count)
+        row = torch.arange(count, device=offsets.device)
+        known = label.clamp(max=self.num_labels - 1)
+        index = row + begins[known] - cu_latents.gather(1, known)
+        return LatentSelection(self, torch.where(label < self.num_labels, index, 0), cu_latents)
+
     def _tensor(self, name: str, device: torch.device) -> Tensor:
         if is_tracing():
             return self._make_tensor(name, device)
@@ -378,6 +410,88 @@ class LatentLayout:
             return torch.tensor(self.cu_latents, dtype=torch.int64, device=device)
         labels = [label for label, count in enumerate(self.latents_per_label) for _ in range(count)]
         return torch.tensor(labels, dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class LatentSelection:
+    """The latents of a layout whose labels occur in each image, made by :meth:`LatentLayout.present_in`.
+
+    In an operator a selection stands for its layout with absent labels owning no latents. Its rows are those of the
+    selected latents in the order of the layout, image by image; what is left over of the common number of rows is
+    padding, which belongs to no label. A pytree.
+
+    Attributes:
+        layout: the layout.
+        index: (B, m') int64, the latent that each row is; rows of padding repeat a latent of the layout.
+        cu_latents: (B, s + 1) int64 prefix sums: the rows of label l are cu_latents[b, l] ... cu_latents[b, l + 1] - 1,
+            and those from cu_latents[b, s] on are padding.
+
+    Example:
+        >>> label_map = LabelMap.from_labels(torch.tensor([[[0, 0, 2]], [[1, 1, 1]]]), num_labels=3)
+        >>> selection = LatentLayout((1, 2, 1)).present_in(label_map)
+        >>> selection.index.tolist()
+        [[0, 3], [1, 2]]
+        >>> selection.gather(torch.tensor([10.0, 20.0, 30.0, 40.0])).tolist()
+        [[10.0, 40.0], [20.0, 30.0]]
+    """
+
+    layout: LatentLayout
+    index: Tensor
+    cu_latents: Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def count(self) -> int:
+        """Number of rows m'."""
+        return self.index.shape[1]
+
+    @property
+    def max_per_label(self) -> int:
+        return self.layout.max_per_label
+
+    @property
+    def num_labels(self) -> int:
+        return self.layout.num_labels
+
+    @property
+    def is_present(self) -> Tensor:
+        """(B, m) bool: which latents of the layout are selected."""
+        selected = self.cu_latents.diff() > 0
+        return selected[:, self.layout.labels(self.index.device).long()]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The selected rows (B, m', ...) of rows for each image (B, m, ...) or for all (m, ...).
+
+        Rows whose first two sizes are B and m are for each image.
+
+        Raises:
+            ValueError: if the shape is not as above.
+        """
+        latents, (batch, count) = self.layout.count, self.index.shape
+        if rows.dim() > 1 and rows.shape[1] == latents and batch in (1, rows.shape[0]):
+            images, rest = rows.shape[0], rows.shape[2:]
+            begin = torch.arange(images, device=self.index.device).unsqueeze(1) * latents
+            selected = rows.flatten(0, 1).index_select(0, (self.index + begin).flatten())
+            return selected.view(images, count, *rest)
+        if rows.dim() > 0 and rows.shape[0] == latents:
+            return rows.index_select(0, self.index.flatten()).view(batch, count, *rows.shape[1:])
+        raise ValueError(f"rows: expected shape ({batch}, {latents}, ...) or ({latents}, ...), got {tuple(rows.shape)}")
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """``cu_latents``, as a layout gives its own."""
+        return self.cu_latents.to(device)
+
+    def labels(self, device: torch.device) -> Tensor:
+        """The label of each row, int64 (B, m'); s for padding."""
+        return _labels_of_rows(self.cu_latents, self.count).to(device)
+
+
+def _labels_of_rows(cu_latents: Tensor, count: int) -> Tensor:
+    rows = torch.arange(count, device=cu_latents.device).expand(cu_latents.shape[0], -1)
+    return torch.searchsorted(cu_latents[:, 1:].contiguous(), rows.contiguous(), right=True)
 
 
 def _as_integer(name: str, value: Any) -> int:
@@ -446,6 +560,21 @@ pytree.register_pytree_node(
     flatten_with_keys_fn=_flatten_with_keys,
 )
 pytree.register_constant(LatentLayout)
+pytree.register_pytree_node(
+    LatentSelection,
+    lambda selection: ([selection.index, selection.cu_latents], selection.layout),
+    lambda children, layout: LatentSelection(layout, *children),
+    serialized_type_name="sca_kernels.LatentSelection",
+    to_dumpable_context=lambda layout: list(layout.latents_per_label),
+    from_dumpable_context=LatentLayout,
+    flatten_with_keys_fn=lambda selection: (
+        [
+            (pytree.GetAttrKey("index"), selection.index),
+            (pytree.GetAttrKey("cu_latents"), selection.cu_latents),
+        ],
+        selection.layout,
+    ),
+)
 default_collate_fn_map[LabelMap] = _collate
 # Plain data, so torch.load need not be told to trust it.
-torch.serialization.add_safe_globals([LabelMap, LabelPlan, LatentLayout])
+torch.serialization.add_safe_globals([LabelMap, LabelPlan, LatentLayout, LatentSelection])

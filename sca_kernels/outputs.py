@@ -23,3 +23,34 @@ def empty_attention_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tenso
         out = query.new_empty((batch, heads, tokens, width))
     lse_type = torch.float64 if query.dtype == torch.float64 else torch.float32
     return out, query.new_empty((batch, heads, tokens), dtype=lse_type)
+
+
+def empty_pool_outputs(queries: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """Memory for the results of ``semantic_pool``: pooled, lse, row_mass, col_mass, mean, second_moment."""
+    batch, channels, height, width = x.shape
+    rows = queries.shape[:3]
+    return (
+        queries.new_empty((*rows, channels)),
+        queries.new_empty(rows),
+        queries.new_empty((*rows, height)),
+        queries.new_empty((*rows, width)),
+        queries.new_empty((batch, channels)),
+        queries.new_empty((batch, channels)),
+    )
+
+
+def empty_modulate_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for a modulated feature map, in the memory order of ``x``, and its statistics mean and rstd (B, C)."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    channels = x.shape[:2]
+    return torch.empty_like(x), x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
+
+
+def empty_instance_modulate_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for a modulated feature map, in the memory order of ``x``, and its mean and rstd as (2, B, C).
+
+    These are of double precision whatever ``x`` is: a float32 mean that is large beside the deviations from it would
+    spoil those in the backward pass.
+    """
+    batch, channels, _, _ = x.shape
+    return torch.empty_like(x), x.new_empty((2, batch, channels), dtype=torch.float64)

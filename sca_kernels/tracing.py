@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -22,23 +24,23 @@ def is_recording(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def is_plain_call(first: Tensor, second: Tensor, third: Tensor) -> bool:
+def is_plain_call(tensors: Iterable[Tensor | None]) -> bool:
     """Whether the dispatcher would bring an operator's call to its kernel and do nothing else on the way.
 
     It has more to do for a mode, a transform, a trace, a profiler, a tensor subclass, a lazily negated tensor or zeros
     without memory. Otherwise it can be left out: it costs as much as a small call.
     """
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
-        and type(first) in _PLAIN
-        and type(second) in _PLAIN
-        and type(third) in _PLAIN
-        and not (first.is_neg() or second.is_neg() or third.is_neg())
-        and not (first._is_zerotensor() or second._is_zerotensor() or third._is_zerotensor())
-    )
+    if (
+        torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
+            return False
+    return True
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -13,54 +13,85 @@ namespace {
 constexpr int64_t kBlockRows = 4;
 constexpr int64_t kBlockColumns = kVectorBytes == 64 ? 4 : 2;
 
+struct FetchNothing {
+  void operator()(int64_t, int64_t) const {}
+};
+
+// The products of kBlockRows rows with kBlockColumns columns, summed over `width`: block[c * kBlockRows + r]. Calls
+// fetch(r, i) on the way, for each vector of each row.
+template <typename T, typename Fetch>
+inline void dots_block(const T* const* row, const T* const* column, int64_t width, const Fetch& fetch, T* block) {
+  constexpr int64_t kGroups = kBlockRows * kBlockColumns / kLanes<T>;
+  static_assert(kGroups * kLanes<T> == kBlockRows * kBlockColumns);
+  Vector<T> sums[kBlockColumns * kBlockRows];
+#pragma GCC unroll 16
+  for (int64_t s = 0; s < kBlockColumns * kBlockRows; ++s) sums[s] = Vector<T>{};
+  for (int64_t i = 0; i < width; i += kLanes<T>) {
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kBlockRows; ++r) fetch(r, i);
+    Vector<T> row_values[kBlockRows];
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < kBlockRows; ++r) row_values[r] = load(row[r] + i);
+#pragma GCC unroll 4
+    for (int64_t c = 0; c < kBlockColumns; ++c) {
+      const Vector<T> column_value = load(column[c] + i);
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < kBlockRows; ++r) sums[c * kBlockRows + r] += row_values[r] * column_value;
+    }
+  }
+  for (int64_t g = 0; g < kGroups; ++g) store(block + g * kLanes<T>, sum_each<T>(sums + g * kLanes<T>));
+}
+
+// Calls visit(row, column, block) for each block of rows and columns, and fetch(row, i) once for each vector of each
+// row: rows that come one by one from all over a tensor elude the hardware, so others are fetched meanwhile.
+template <typename T, typename Fetch, typename Visit>
+inline void each_dots_block(T* const* rows, int64_t row_count, T* const* columns, int64_t column_count, int64_t width,
+                            const Fetch& fetch, const Visit& visit) {
+  for (int64_t r0 = 0; r0 < row_count; r0 += kBlockRows) {
+    const T* row[kBlockRows];
+    for (int64_t r = 0; r < kBlockRows; ++r) row[r] = rows[smaller(r0 + r, row_count - 1)];
+    for (int64_t c0 = 0; c0 < column_count; c0 += kBlockColumns) {
+      const T* column[kBlockColumns];
+      for (int64_t c = 0; c < kBlockColumns; ++c) column[c] = columns[smaller(c0 + c, column_count - 1)];
+      alignas(kVectorBytes) T block[kBlockColumns * kBlockRows];
+      if (c0 == 0) {
+        dots_block(row, column, width, [&](int64_t r, int64_t i) { fetch(r0 + r, i); }, block);
+      } else {
+        dots_block(row, column, width, FetchNothing{}, block);
+      }
+      visit(r0, c0, block);
+    }
+  }
+}
+
 // table[c * table_stride + r] = sum_i rows[r][i] * columns[c][i]. `width` is a whole number of vectors;
 // table_stride is a multiple of kBlockRows and the rows up to the next one are written too. With kPrefetch, as many
-// rows of `next` are fetched on the way: rows that come one by one from all over a tensor elude the hardware.
+// rows of `next` are fetched on the way.
 template <bool kPrefetch, typename T>
 void dots(T* const* rows, int64_t row_count, T* const* columns, int64_t column_count, int64_t width, T* table,
           int64_t table_stride, T* const* next) {
-  constexpr int64_t kGroups = kBlockRows * kBlockColumns / kLanes<T>;
-  static_assert(kGroups * kLanes<T> == kBlockRows * kBlockColumns);
-  for (int64_t r0 = 0; r0 < row_count; r0 += kBlockRows) {
-    const T* row[kBlockRows];
-    [[maybe_unused]] const T* next_row[kBlockRows];
-    for (int64_t r = 0; r < kBlockRows; ++r) {
-      const int64_t index = r0 + r < row_count ? r0 + r : row_count - 1;
-      row[r] = rows[index];
-      if constexpr (kPrefetch) next_row[r] = next[index];
+  const auto fetch = [&](int64_t r, int64_t i) {
+    if constexpr (kPrefetch) prefetch(next[smaller(r, row_count - 1)] + i);
+  };
+  each_dots_block(rows, row_count, columns, column_count, width, fetch, [&](int64_t r0, int64_t c0, const T* block) {
+    for (int64_t c = 0; c < kBlockColumns && c0 + c < column_count; ++c) {
+      __builtin_memcpy(table + (c0 + c) * table_stride + r0, block + c * kBlockRows, kBlockRows * sizeof(T));
     }
-    for (int64_t c0 = 0; c0 < column_count; c0 += kBlockColumns) {
-      const T* column[kBlockColumns];
-      for (int64_t c = 0; c < kBlockColumns; ++c) {
-        column[c] = columns[c0 + c < column_count ? c0 + c : column_count - 1];
-      }
-      Vector<T> sums[kBlockColumns * kBlockRows];
-#pragma GCC unroll 16
-      for (int64_t s = 0; s < kBlockColumns * kBlockRows; ++s) sums[s] = Vector<T>{};
-      for (int64_t i = 0; i < width; i += kLanes<T>) {
-        if constexpr (kPrefetch) {
-          if (c0 == 0) {
+  });
+}
+
+// sums[c][r] += sum_i rows[r][i] * columns[c][i]. What stands behind the last row, up to a multiple of kBlockRows,
+// changes too.
+template <typename T, typename Fetch>
+void add_dots(T* const* rows, int64_t row_count, T* const* columns, int64_t column_count, int64_t width, T* const* sums,
+              const Fetch& fetch) {
+  each_dots_block(rows, row_count, columns, column_count, width, fetch, [&](int64_t r0, int64_t c0, const T* block) {
+    for (int64_t c = 0; c < kBlockColumns && c0 + c < column_count; ++c) {
+      T* __restrict target = sums[c0 + c] + r0;
 #pragma GCC unroll 4
-            for (int64_t r = 0; r < kBlockRows; ++r) __builtin_prefetch(next_row[r] + i, 0, 2);
-          }
-        }
-        Vector<T> row_values[kBlockRows];
-#pragma GCC unroll 4
-        for (int64_t r = 0; r < kBlockRows; ++r) row_values[r] = load(row[r] + i);
-#pragma GCC unroll 4
-        for (int64_t c = 0; c < kBlockColumns; ++c) {
-          const Vector<T> column_value = load(column[c] + i);
-#pragma GCC unroll 4
-          for (int64_t r = 0; r < kBlockRows; ++r) sums[c * kBlockRows + r] += row_values[r] * column_value;
-        }
-      }
-      T block[kBlockColumns * kBlockRows];
-      for (int64_t g = 0; g < kGroups; ++g) store(block + g * kLanes<T>, sum_each<T>(sums + g * kLanes<T>));
-      for (int64_t c = 0; c < kBlockColumns && c0 + c < column_count; ++c) {
-        __builtin_memcpy(table + (c0 + c) * table_stride + r0, block + c * kBlockRows, kBlockRows * sizeof(T));
-      }
+      for (int64_t r = 0; r < kBlockRows; ++r) target[r] += block[c * kBlockRows + r];
     }
-  }
+  });
 }
 
 enum class Write { kReplace, kStream, kAccumulate };

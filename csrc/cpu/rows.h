@@ -63,6 +63,27 @@ inline Float16 narrow<Float16>(float value) {
   return {static_cast<uint16_t>((magnitude >= 0x47800000u ? special : finite) | (bits >> 16 & 0x8000u))};
 }
 
+// A vector of numbers of another type.
+template <typename Scalar>
+inline Vector<ComputeType<Scalar>> load_widened(const Scalar* source) {
+  using T = ComputeType<Scalar>;
+  if constexpr (std::is_same_v<Scalar, T>) return load(source);
+  T lanes[kLanes<T>];
+  for (int64_t i = 0; i < kLanes<T>; ++i) lanes[i] = widen(source[i]);
+  return load(lanes);
+}
+template <typename Scalar>
+inline void store_narrowed(Scalar* target, Vector<ComputeType<Scalar>> value) {
+  using T = ComputeType<Scalar>;
+  if constexpr (std::is_same_v<Scalar, T>) {
+    store<T>(target, value);
+  } else {
+    T lanes[kLanes<T>];
+    store<T>(lanes, value);
+    for (int64_t i = 0; i < kLanes<T>; ++i) target[i] = narrow<Scalar>(lanes[i]);
+  }
+}
+
 // Calls visit(Scalar{}) for the type that a number of sca_scalar_type stands for.
 template <typename Visit>
 inline void with_scalar_type(int32_t scalar_type, const Visit& visit) {
@@ -74,9 +95,12 @@ inline void with_scalar_type(int32_t scalar_type, const Visit& visit) {
   }
 }
 
+// Rows are padded to whole vectors, and to whole blocks of products.h where a vector is shorter.
+template <typename T>
+constexpr int64_t kPadding = larger<int64_t>(kLanes<T>, 4);
 template <typename T>
 constexpr int64_t padded(int64_t width) {
-  return (width + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  return (width + kPadding<T> - 1) / kPadding<T> * kPadding<T>;
 }
 
 // The tokens at consecutive positions.
@@ -94,7 +118,9 @@ struct Matrix {
   Scalar* data;
   int64_t token_stride, channel_stride, width;
 
-  bool direct() const { return std::is_same_v<Scalar, Compute> && channel_stride == 1 && width % kLanes<Compute> == 0; }
+  bool direct() const {
+    return std::is_same_v<Scalar, Compute> && channel_stride == 1 && width % kPadding<Compute> == 0;
+  }
   bool aligned() const {
     return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 && token_stride % kLanes<Compute> == 0;
   }
@@ -182,7 +208,7 @@ struct Matrix {
 #pragma GCC unroll 16
     for (int64_t k = 0; k < kLanes<Compute>; ++k) {
       const Scalar* source = data + (channel + k) * channel_stride;
-      __builtin_prefetch(source + next_token, 0, 2);
+      prefetch(source + next_token);
       Compute lanes[kLanes<Compute>];
       for (int64_t i = 0; i < kLanes<Compute>; ++i) lanes[i] = widen(source[token + i]);
       square[k] = load(lanes);
@@ -208,7 +234,7 @@ struct Matrix {
 
   void fetch_row(int64_t token) const {
     const char* row = reinterpret_cast<const char*>(data + token * token_stride);
-    for (int64_t byte = 0; byte < width * int64_t{sizeof(Scalar)}; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+    for (int64_t byte = 0; byte < width * int64_t{sizeof(Scalar)}; byte += 64) prefetch(row + byte);
   }
 };
 

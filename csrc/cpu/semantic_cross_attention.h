@@ -15,7 +15,6 @@ namespace {
 
 constexpr int64_t kRowBlock = 32;
 constexpr int64_t kColumnBlock = 64;
-constexpr int64_t kStreamedBytes = 16 << 20;
 
 inline int64_t most_columns(const sca_tokens& tokens) {
   return are_latents(tokens) ? tokens.max_per_label : kColumnBlock;

@@ -79,6 +79,13 @@ inline Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
 
+// Fetches a line of the second level cache. The empty statement keeps GCC from finding that a function which only does
+// this has no effect, and leaving out its calls.
+inline void prefetch(const void* address) {
+  __builtin_prefetch(address, 0, 2);
+  asm volatile("");
+}
+
 // Stores past the caches. `target` is aligned to kVectorBytes.
 template <typename T>
 inline void stream(T* target, Vector<T> value) {
@@ -92,6 +99,9 @@ inline void stream(T* target, Vector<T> value) {
   store(target, value);
 #endif
 }
+
+// From this size on a result is written past the caches: it would push out what is still to be read.
+constexpr int64_t kStreamedBytes = 16 << 20;
 
 // Makes streamed stores visible to the threads that the caller synchronises with.
 inline void stream_fence() {

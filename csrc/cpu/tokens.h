@@ -30,6 +30,8 @@ class ImageTokens {
     return label < labels_ ? Range{offsets_[label], offsets_[label + 1]} : Range{0, 0};
   }
 
+  Range without_label() const { return {offsets_[labels_], count_}; }
+
   // Calls visit(label, positions) for each label with tokens in `positions`, in order; unlabelled tokens come last, as
   // label labels().
   template <typename Visit>

@@ -39,7 +39,7 @@ def semantic_cross_attention(
 
 
 def semantic_cross_attention_backward(
-    grad_out: Tensor,
+    grad_out: Tensor | None,
     grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
@@ -66,6 +66,8 @@ def semantic_cross_attention_backward(
         max_query_latents, max_key_latents, scale, empty,
     )  # fmt: skip
     workspace = torch.empty(call.workspace_size(), dtype=torch.uint8)
+    if grad_out is None:
+        grad_out = query.new_zeros(()).expand(*query.shape[:3], value.shape[3])
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     targets = [

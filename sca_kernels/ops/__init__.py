@@ -1,5 +1,5 @@
 """The operators as PyTorch sees them: schemas, argument checks, fake kernels, autograd and dispatch."""
 
-from . import label_plan, semantic_cross_attention
+from . import instance_modulate, label_plan, semantic_cross_attention, semantic_modulate, semantic_pool
 
-__all__ = ["label_plan", "semantic_cross_attention"]
+__all__ = ["instance_modulate", "label_plan", "semantic_cross_attention", "semantic_modulate", "semantic_pool"]

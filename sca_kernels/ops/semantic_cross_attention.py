@@ -6,17 +6,15 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import backends
 from ..labels import LabelMap, LatentLayout
 from ..outputs import empty_attention_outputs
 from ..reference import semantic_cross_attention as reference
-from ..tracing import is_plain_call
-from .library import LIBRARY
+from .arguments import TYPES, check_images
+from .library import Saved, register
 
 _OPERATOR = "semantic_cross_attention"
-_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @overload
@@ -156,7 +154,7 @@ def _check(
     empty: str,
 ) -> None:
     dtype, device = query.dtype, query.device
-    if dtype not in _TYPES:
+    if dtype not in TYPES:
         raise TypeError(f"query: expected float32, float64, bfloat16 or float16, got {dtype}")
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
     if not len(query_shape) == len(key_shape) == len(value_shape) == 4:
@@ -187,11 +185,8 @@ def _check(
 
 def _check_tokens(side: str, tokens: LabelMap | LatentLayout, device: torch.device, batch: int, count: int) -> None:
     if isinstance(tokens, LabelMap):
-        images, height, width = tokens.labels.shape
-        if tokens.labels.device != device:
-            raise ValueError(f"{side}_tokens: expected a label map on {device} like query, got one on {tokens.device}")
-        if images != batch and images != 1:
-            raise ValueError(f"{side}_tokens: expected label maps for {batch} images or for one, got {images}")
+        check_images(f"{side}_tokens", tokens, batch, device, "query")
+        _, height, width = tokens.labels.shape
         if height * width != count:
             raise ValueError(
                 f"{side}_tokens: expected a label map of {count} pixels, the tokens of {side}, "
@@ -221,90 +216,12 @@ def _grouping(tokens: LabelMap | LatentLayout, device: torch.device) -> tuple[Te
     return tokens.offsets(device), None, tokens.max_per_label
 
 
-_GROUPING_SCHEMA = "Tensor query_offsets, Tensor? query_order, Tensor key_offsets, Tensor? key_order"
-_SETTINGS_SCHEMA = "int max_query_latents, int max_key_latents, float scale, str empty, str backend"
-LIBRARY.define(
-    f"semantic_cross_attention(Tensor query, Tensor key, Tensor value, {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA})"
-    " -> (Tensor out, Tensor lse)"
-)
-LIBRARY.define(
-    "semantic_cross_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value,"
-    f" Tensor? out, Tensor lse, {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA}, bool[3] output_mask)"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
-)
-_operator = torch.ops.sca.semantic_cross_attention.default
-_backward_operator = torch.ops.sca.semantic_cross_attention_backward.default
-
-
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_offsets: Tensor,
-        query_order: Tensor | None,
-        key_offsets: Tensor,
-        key_order: Tensor | None,
-        *settings: Any,
-    ) -> tuple[Tensor, Tensor]:
-        grouping = (query_offsets, query_order, key_offsets, key_order)
-        out, lse = _below_autograd(query, key, value, *grouping, *settings)
-        # rowsum(dO * O) = rowsum(P * dP): latent keys give that in passing, and an output of 16 bits would spoil it.
-        saved_out = out if key_order is not None and lse.dtype == out.dtype else None
-        ctx.save_for_backward(query, key, value, saved_out, lse, *grouping)
-        ctx.settings = settings
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, *grouping = ctx.saved_tensors
-        if grad_out is None:
-            grad_out = query.new_zeros(()).expand(*query.shape[:3], value.shape[3])
-        output_mask = ctx.needs_input_grad[:3]
-        gradients = _backward_operator(
-            grad_out, grad_lse, query, key, value, out, lse, *grouping, *ctx.settings, output_mask
-        )
-        wanted = (gradient if asked else None for gradient, asked in zip(gradients, output_mask, strict=True))
-        return *wanted, *(None,) * (len(grouping) + len(ctx.settings))
-
-
-def _autograd(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    # Forward-mode differentiation must reach the function too, which refuses it; below it tangents would be dropped.
-    wanted = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if wanted or forward_ad._current_level >= 0:
-        return _Differentiable.apply(query, key, value, *rest)
-    return _below_autograd(query, key, value, *rest)
-
-
-def _below_autograd(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if is_plain_call(query, key, value):
-        return _dispatch(query, key, value, *rest)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _operator(query, key, value, *rest)
-
-
-def _backward_autograd(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (grad_out, grad_lse, *rest)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        raise RuntimeError(
-            "semantic_cross_attention: gradients of gradients (create_graph=True) are computed only by the reference: "
-            "use \"with sca_kernels.backend('reference'):\" around the forward pass"
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        return _backward_operator(grad_out, grad_lse, *rest)
-
-
-def _dispatch(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *rest, backend = arguments
-    return backends.implementation(_OPERATOR, backend)(*rest)
-
-
-def _backward_dispatch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *rest, backend, output_mask = arguments
-    return backends.implementation(f"{_OPERATOR}_backward", backend)(*rest, output_mask)
+def _save(arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> Saved:
+    query, key, value, query_offsets, query_order, key_offsets, key_order, *settings = arguments
+    out, lse = results
+    # rowsum(dO * O) = rowsum(P * dP): latent keys give that in passing, and an output of 16 bits would spoil it.
+    saved_out = out if key_order is not None and lse.dtype == out.dtype else None
+    return (query, key, value, saved_out, lse, query_offsets, query_order, key_offsets, key_order), tuple(settings)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -312,7 +229,7 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor
 
 
 def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+    grad_out: Tensor | None, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = rest[-1]
     query_gradient, key_gradient, value_gradient = (
@@ -322,9 +239,16 @@ def _backward_fake(
     return query_gradient, key_gradient, value_gradient
 
 
-torch.library.register_fake(f"sca::{_OPERATOR}", _fake, lib=LIBRARY)
-torch.library.register_fake(f"sca::{_OPERATOR}_backward", _backward_fake, lib=LIBRARY)
-LIBRARY.impl(_OPERATOR, _dispatch, "CompositeExplicitAutograd")
-LIBRARY.impl(f"{_OPERATOR}_backward", _backward_dispatch, "CompositeExplicitAutograd")
-LIBRARY.impl(_OPERATOR, _autograd, "Autograd")
-LIBRARY.impl(f"{_OPERATOR}_backward", _backward_autograd, "Autograd")
+_GROUPING_SCHEMA = "Tensor query_offsets, Tensor? query_order, Tensor key_offsets, Tensor? key_order"
+_SETTINGS_SCHEMA = "int max_query_latents, int max_key_latents, float scale, str empty, str backend"
+_operator, _autograd = register(
+    _OPERATOR,
+    f"(Tensor query, Tensor key, Tensor value, {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA}) -> (Tensor out, Tensor lse)",
+    "(Tensor? grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? out, Tensor lse,"
+    f" {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA}, bool[3] output_mask)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+    differentiable=("query", "key", "value"),
+    save=_save,
+    fake=_fake,
+    backward_fake=_backward_fake,
+)

@@ -1,0 +1,300 @@
+"""Whole modulations beside the published ones: label plan, folding and the update of the latents are all counted.
+
+* ``ours``: :class:`sca_kernels.nn.SemanticModulation` with a label map that is new in every call, as if it came with a
+  new image, and has the image's resolution; it is :func:`bench.label_maps.parts`, twenty parts of a photograph.
+  ``ours, all labels``: with :func:`bench.label_maps.regions`, in which all labels occur (at 8 x 8 as many as fit).
+* ``published``: :class:`bench.published.PublishedModulation` with the first map. Its mask of all latents, which has the
+  image's resolution, is made beforehand. It takes equally long for any map. ``compiled``: that under ``torch.compile``.
+
+Forward is inference: no gradients are recorded, and ours may remember products of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sca_kernels import LabelMap, LatentLayout
+from sca_kernels.nn import SemanticModulation
+
+from . import label_maps
+from .feature_maps import without_gradient_at_kinks
+from .published import (
+    ATTENTION_WIDTH,
+    NEGATIVE_SLOPE,
+    STYLE_WIDTH,
+    MaskedAttention,
+    PublishedModulation,
+    mask_of_latents,
+    noticeable,
+    position,
+)
+from .races import PASSES
+from .report import Goal
+from .run import Run
+from .timing import Contender
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+
+LATENTS = 8
+IMAGE_SIDE = 256
+SHAPES = [(64, 256), (128, 128), (512, 32), (1024, 8)]
+KINDS = {False: "simplex", True: "duplex"}
+# Compiling takes longer than all the rest.
+COMPILED = [(64, 256, 19), (64, 256, 151)]
+# Of the times of the published module to ours, by number of labels and pass.
+HEADLINE_GOALS = {
+    (19, False): 40,
+    (19, True): 50,
+    (151, False): 150,
+    (151, True): 100,
+}
+
+# Parameters of the published module and of ours.
+RENAMED = {
+    "latent_to_image": "attention",
+    "image_to_latent": "latent_update",
+    "fc_itl": "latent_update",
+    "mlp_lti_": "",
+    "q_linear": "query",
+    "v_linear": "key",
+    "k_linear": "value",
+    "out.0": "out",
+    "ln_": "norm_",
+    ".fc.": ".mlp.",
+    "noise_var": "noise_strength",
+}
+
+# From features and latents to the modulated features and the new latents.
+Modulation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One modulation to compute.
+
+    Attributes:
+        published: the published module, which holds the weights.
+        x, latents: what takes gradients besides the weights.
+        noise: (1, 1, side, side).
+        labels: (1, IMAGE_SIDE, IMAGE_SIDE), of the image.
+        layout: of the latents.
+        gradients: of the results, for backward to start from.
+        compared: which gradients are returned, of x, latents and the weights in the order of ``published``.
+        expected: the results and these gradients in float64.
+    """
+
+    published: PublishedModulation
+    x: Tensor
+    latents: Tensor
+    noise: Tensor
+    labels: Tensor
+    layout: LatentLayout
+    gradients: tuple[Tensor, Tensor]
+    compared: Sequence[int]
+    expected: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What a result is recorded with."""
+        _, channels, height, width = self.x.shape
+        return {
+            "channels": channels,
+            "height": height,
+            "width": width,
+            "latents_per_label": self.layout.max_per_label,
+            "labels": self.layout.num_labels,
+            "labels_present": int(torch.unique(_resized(self.labels, height, width)).numel()),
+        }
+
+    def entry(self, name: str, modulate: Modulation, parameters: Sequence[Tensor], backward: bool) -> Contender:
+        """A modulation with its parameters, in the order of ``published``, as a contender."""
+        x, latents = (tensor.detach().requires_grad_() for tensor in (self.x, self.latents))
+        leaves = [x, latents, *parameters]
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return modulate(x, latents)
+
+        def forward_and_backward() -> tuple[Tensor, ...]:
+            results = modulate(x, latents)
+            gradients = torch.autograd.grad(results, leaves, self.gradients)
+            return *(result.detach() for result in results), *(gradients[index] for index in self.compared)
+
+        return Contender(
+            name,
+            forward_and_backward if backward else forward,
+            self.expected if backward else self.expected[:2],
+            self.shape,
+        )
+
+
+@pytest.mark.parametrize("duplex", KINDS, ids=KINDS.get)
+@pytest.mark.parametrize("num_labels", [19, 151])
+@pytest.mark.parametrize("channels, side", SHAPES)
+def test_modulation(run: Run, channels: int, side: int, num_labels: int, duplex: bool) -> None:
+    scaled = run.choose((min(channels, 40), max(4, side // 16), 32), (channels, side, IMAGE_SIDE))
+    problem = _problem(label_maps.parts, num_labels, duplex, *scaled)
+    all_labels = _problem(label_maps.regions, num_labels, duplex, *scaled)
+    latent_labels = problem.layout.labels(torch.device("cpu"))
+    mask = mask_of_latents(problem.labels, latent_labels)
+    published = problem.published
+    weights = list(published.parameters())
+
+    def published_by(forward: Callable[..., tuple[Tensor, Tensor]]) -> Modulation:
+        return lambda x, latents: forward(x, mask, latents, problem.noise)
+
+    is_compiled = (channels, side, num_labels) in COMPILED
+    compiled = published_by(run.compile(published.forward)) if is_compiled else None
+    present = [entry.shape["labels_present"] for entry in (problem, all_labels)]
+    headline = HEADLINE_GOALS[num_labels, False], HEADLINE_GOALS[num_labels, True]
+    for backward, name in PASSES.items():
+        entries = [
+            _ours("ours", problem, duplex, backward),
+            _ours("ours, all labels", all_labels, duplex, backward),
+            problem.entry("published", published_by(published.forward), weights, backward),
+        ]
+        if compiled is not None:
+            entries.append(problem.entry("compiled", compiled, weights, backward))
+        goals = [Goal("published", entry.name, at_least=headline[backward]) for entry in entries[:2]]
+        run.compare(
+            entries,
+            table=f"Modulation, {KINDS[duplex]}, {name}: k = {LATENTS}, D = {ATTENTION_WIDTH}, float32; everything "
+            "counted",
+            row=f"{channels} channels, {side} x {side}, {num_labels} labels ({present[0]}, {present[1]} present)",
+            goals=goals if (channels, side) == SHAPES[0] else (),
+            seconds=1.0,
+        )
+
+
+@pytest.mark.parametrize("duplex", KINDS, ids=KINDS.get)
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_published_formulation(duplex: bool, num_heads: int) -> None:
+    """What ours is compared with is the published formula, and what both are checked against is the same by label.
+
+    Label 2 is absent and some pixels have no label: these latents and pixels attend to everything alike.
+    """
+    channels, height, width, layout = 8, 4, 6, LatentLayout((2, 3, 2))
+    torch.manual_seed(0)
+    module = PublishedModulation(channels, layout.count, duplex=duplex, num_heads=num_heads).double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x, noise = torch.randn(1, channels, height, width).double(), torch.randn(1, 1, height, width).double()
+    latents = torch.randn(1, layout.count, STYLE_WIDTH).double()
+    labels = torch.randint(-1, 2, (1, 2 * height, 2 * width))
+    latent_labels = layout.labels(torch.device("cpu"))
+    out, new_latents = module(x, mask_of_latents(labels, latent_labels).double(), latents, noise)
+
+    pixel_labels = labels[0, ::2, ::2].flatten()
+    encoded = (x[0] + position(channels, height, width, torch.float64)).flatten(1).mT
+    if duplex:
+        transformer = module.image_to_latent
+        attended = _attend_one_by_one(transformer.attention, latents[0], encoded, latent_labels, pixel_labels)
+        middle = transformer.ln_1(attended + latents)
+        expected_latents = transformer.ln_2(transformer.fc(middle) + middle)
+    else:
+        expected_latents = module.fc_itl(latents)
+    attended = _attend_one_by_one(module.latent_to_image, encoded, expected_latents[0], pixel_labels, latent_labels)
+    gamma, beta = (linear(attended).mT.reshape(x.shape) for linear in (module.mlp_lti_gamma, module.mlp_lti_beta))
+    variance, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
+    modulated = (1 + gamma) * (x - mean) / (variance + 1e-5).sqrt() + beta + module.noise_var.view(1, -1, 1, 1) * noise
+    torch.testing.assert_close(new_latents, expected_latents)
+    torch.testing.assert_close(out, F.leaky_relu(modulated, NEGATIVE_SLOPE))
+    by_label = module.by_label(x, pixel_labels[None], latent_labels[None], latents, noise)
+    torch.testing.assert_close(by_label, (out, new_latents))
+
+
+def _attend_one_by_one(
+    layers: MaskedAttention, to: Tensor, source: Tensor, to_labels: Tensor, source_labels: Tensor
+) -> Tensor:
+    """One token after the other attends to those of its label, or to all alike if there are none."""
+    width = ATTENTION_WIDTH // layers.num_heads
+    query, key, value = layers.q_linear(to), layers.v_linear(source), layers.k_linear(source)
+    rows = []
+    for token, label in enumerate(to_labels):
+        same = (source_labels == label).nonzero()[:, 0]
+        heads = []
+        for head in range(layers.num_heads):
+            columns = slice(head * width, (head + 1) * width)
+            if len(same) == 0:
+                heads.append(value[:, columns].mean(0))
+                continue
+            weights = (key[same, columns] @ query[token, columns] / width**0.5).softmax(0)
+            heads.append(weights @ value[same, columns])
+        rows.append(layers.out(torch.cat(heads)))
+    return torch.stack(rows)
+
+
+def _problem(
+    labels_of: Callable[[int, int, int], Tensor],
+    num_labels: int,
+    duplex: bool,
+    channels: int,
+    side: int,
+    image_side: int,
+) -> Problem:
+    torch.manual_seed(0)
+    layout = LatentLayout.uniform(num_labels, LATENTS)
+    published = PublishedModulation(channels, layout.count, duplex=duplex)
+    nn.init.normal_(published.noise_var)
+    _keep_from_kinks(published)
+    labels = labels_of(image_side, image_side, num_labels)
+    x, noise = torch.randn(1, channels, side, side), torch.randn(1, 1, side, side)
+    latents = torch.randn(1, layout.count, STYLE_WIDTH)
+
+    exact = PublishedModulation(channels, layout.count, duplex=duplex).double()
+    exact.load_state_dict(published.state_dict())
+    leaves = [tensor.double().requires_grad_() for tensor in (x, latents)]
+    pixel_labels, latent_labels = _resized(labels, side, side).flatten(1), layout.labels(x.device)[None]
+    results = exact.by_label(leaves[0], pixel_labels, latent_labels, leaves[1], noise.double())
+    starts = torch.randn_like(x), torch.randn_like(latents)
+    without_gradient_at_kinks(starts[0], results[0])
+    leaves += exact.parameters()
+    gradients = torch.autograd.grad(results, leaves, [start.double() for start in starts])
+    compared = noticeable(gradients)
+    expected = (*(result.detach() for result in results), *(gradients[index] for index in compared))
+    return Problem(published, x, latents, noise, labels, layout, starts, compared, expected)
+
+
+def _keep_from_kinks(published: PublishedModulation) -> None:
+    """Keeps nearly all units of the latents' networks on one side of their leaky ReLU, half of them on either.
+
+    Otherwise rounding decides the gradient of one of the many units now and then.
+    """
+    for network in published.modules():
+        if isinstance(network, nn.Sequential):
+            for linear, activation in pairwise(network):
+                if isinstance(activation, nn.LeakyReLU):
+                    linear.weight.data /= 4
+                    linear.bias.data = 0.5 - torch.arange(linear.out_features) % 2
+
+
+def _ours(name: str, problem: Problem, duplex: bool, backward: bool) -> Contender:
+    channels, num_labels = problem.x.shape[1], problem.layout.num_labels
+    module = SemanticModulation(problem.layout, channels, STYLE_WIDTH, ATTENTION_WIDTH, duplex=duplex)
+    parameters = {_renamed(name): parameter for name, parameter in problem.published.state_dict().items()}
+    module.load_state_dict(parameters)
+    module.train(backward)
+    own = dict(module.named_parameters())
+
+    def modulate(x: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        out, new_latents = module(x, LabelMap(problem.labels, num_labels), latents, noise=problem.noise)
+        return out, new_latents
+
+    return problem.entry(name, modulate, [own[name] for name in parameters], backward)
+
+
+def _renamed(name: str) -> str:
+    for published, ours in RENAMED.items():
+        name = name.replace(published, ours)
+    return name
+
+
+def _resized(labels: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(labels.unsqueeze(1).double(), size=(height, width), mode="nearest")[:, 0].to(labels.dtype)

@@ -1,0 +1,383 @@
+// Blocks of pixels of a feature map, whatever its type and strides, and their products with vectors of channels.
+//
+// A block is kept the way the map lies in memory: adjacent channels as one row for each pixel, anything else as one row
+// for each channel. The two products of attention swap their parts between the two ways, so no block is transposed.
+#pragma once
+
+#include "moments.h"
+#include "parallel.h"
+#include "products.h"
+#include "tokens.h"
+
+namespace sca::SCA_CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kMostPixels = 256;
+
+// Pixels in a block: as many as keep the blocks that a kernel holds at once in the cache of one core.
+template <typename T>
+constexpr int64_t block_pixels(int64_t channels, int64_t blocks) {
+  constexpr int64_t kCacheBytes = 512 << 10, kFewestPixels = 64;
+  int64_t pixels = kMostPixels;
+  while (pixels > kFewestPixels && pixels * channels * blocks * int64_t{sizeof(T)} > kCacheBytes) pixels /= 2;
+  return pixels;
+}
+
+// Pixels of one image row that are adjacent in a block.
+struct Run {
+  int64_t begin, size;  // positions in the block
+  int64_t row, column;  // of the first pixel in the image
+};
+
+struct Runs {
+  int64_t pixels = 0, count = 0;
+  Run list[kMostPixels];
+
+  Runs() = default;
+  Runs(const Positions& tokens, int64_t size, int64_t image_width) : pixels(size) {
+    for (int64_t p = 0; p < size;) {
+      const int64_t token = tokens[p], row = token / image_width, column = token - row * image_width;
+      const int64_t most = smaller(size - p, image_width - column);
+      int64_t length = 1;
+      while (length < most && tokens[p + length] == token + length) ++length;
+      list[count++] = {p, length, row, column};
+      p += length;
+    }
+  }
+  const Run* begin() const { return list; }
+  const Run* end() const { return list + count; }
+};
+
+// One image of a feature map.
+template <typename Scalar>
+struct FeatureMap {
+  Scalar* data;
+  int64_t channels, channel_stride, row_stride, column_stride;
+
+  bool adjacent_channels() const { return channel_stride == 1 && column_stride != 1; }
+  bool same_strides(const FeatureMap& other) const {
+    return channel_stride == other.channel_stride && row_stride == other.row_stride &&
+           column_stride == other.column_stride;
+  }
+  Scalar* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
+};
+
+template <typename Scalar>
+FeatureMap<Scalar> image_of(const sca_feature_map& map, int64_t image, int64_t channels) {
+  return {static_cast<Scalar*>(map.data) + image * map.batch_stride, channels, map.channel_stride, map.row_stride,
+          map.column_stride};
+}
+
+// The pixels of the block after the one at hand. Blocks come from all over a map, which defeats the hardware's
+// prefetching; so while one is computed the next is fetched, a few lines of the cache at a time.
+template <typename Scalar>
+class Upcoming {
+ public:
+  // `second` is a map like `first`, or one without data.
+  Upcoming(const Runs& runs, const FeatureMap<Scalar>& first, const FeatureMap<Scalar>& second)
+      : first_(first), second_(second) {
+    if (first.adjacent_channels()) {
+      for (const Run& run : runs) {
+        for (int64_t i = 0; i < run.size; ++i) offsets_[count_++] = first.at(run.row, run.column + i) - first.data;
+      }
+    } else if (first.column_stride == 1) {
+      for (const Run& run : runs) {
+        for (int64_t i = 0; i < run.size; i += kLine)
+          offsets_[count_++] = first.at(run.row, run.column + i) - first.data;
+      }
+    }
+  }
+
+  // Fetches a part of a row of the block, kept as the map lies in memory: about what is `line` lines behind its start.
+  template <bool kPixelRows>
+  void fetch(int64_t row, int64_t line) const {
+    if ((kPixelRows ? row : line) >= count_) return;
+    const int64_t offset = kPixelRows ? offsets_[row] + line * kLine : row * first_.channel_stride + offsets_[line];
+    prefetch(first_.data + offset);
+    if (second_.data) prefetch(second_.data + offset);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / int64_t{sizeof(Scalar)};
+
+  const FeatureMap<Scalar> first_, second_;
+  int64_t count_ = 0;
+  int64_t offsets_[kMostPixels];
+};
+
+// Rows of some width, one after another, with pointers to them.
+template <typename T>
+struct RowTable {
+  T* memory;
+  T** rows;
+  int64_t pitch;
+
+  RowTable(Arena& arena, int64_t count, int64_t width)
+      : memory(arena.take<T>(count * width)), rows(arena.take<T*>(count)), pitch(width), own_(memory) {
+    if (memory) point_to(memory, count);
+  }
+  // Rows that lie elsewhere in the same way, and are only read.
+  void point_to(const T* first, int64_t count) {
+    memory = const_cast<T*>(first);
+    for (int64_t i = 0; i < count; ++i) rows[i] = memory + i * pitch;
+  }
+  void point_to_own(int64_t count) { point_to(own_, count); }
+
+ private:
+  T* own_;
+};
+
+// One number for each channel, as vectors beside row `row` of a block: the same in all lanes of a channel's row, or one
+// for each lane of a pixel's row.
+template <bool kPixelRows, typename T>
+inline Vector<T> beside_row(const T* channel_values, int64_t row, int64_t i) {
+  return kPixelRows ? load(channel_values + i) : broadcast<T>(channel_values[row]);
+}
+
+// The same of one number for each pixel.
+template <bool kPixelRows, typename T>
+inline Vector<T> beside_pixels(const T* pixel_values, int64_t row, int64_t i) {
+  return beside_row<!kPixelRows>(pixel_values, row, i);
+}
+
+// Calls vector(i) for as many vectors as cover 0 ... count - 1, the last of which may overlap the one before; one(i)
+// for each i where there is less than a vector.
+template <typename T, typename Vector, typename One>
+inline void each_vector_of(int64_t count, const Vector& vector, const One& one) {
+  if (count < kLanes<T>) {
+    for (int64_t i = 0; i < count; ++i) one(i);
+    return;
+  }
+  for (int64_t i = 0; i + kLanes<T> <= count; i += kLanes<T>) vector(i);
+  if (count % kLanes<T> != 0) vector(count - kLanes<T>);
+}
+
+template <typename Scalar>
+class FeatureBlock {
+ public:
+  using T = ComputeType<Scalar>;
+
+  FeatureBlock(Arena& arena, int64_t channels, int64_t pixels)
+      : pixel_pitch_(pixels),
+        channel_pitch_(padded<T>(channels)),
+        memory_(arena.take<T>(pixel_pitch_ * channel_pitch_)),
+        rows_(arena.take<T*>(larger(channel_pitch_, pixel_pitch_))) {}
+
+  bool pixel_rows() const { return pixel_rows_; }
+  // Whether the rows lie in the map itself and all begin where a vector may be streamed to.
+  bool streamable(const FeatureMap<Scalar>& map) const {
+    return in_place_ && reinterpret_cast<uintptr_t>(map.data) % kVectorBytes == 0 &&
+           map.column_stride % kLanes<T> == 0 && map.row_stride % kLanes<T> == 0;
+  }
+  int64_t row_count() const { return pixel_rows_ ? pixels_ : channels_; }
+  int64_t width() const { return pixel_rows_ ? channel_pitch_ : width_; }
+  T* const* rows() const { return rows_; }
+
+  // Takes pixels of a map to be read, kept as it lies in memory.
+  void gather(const FeatureMap<Scalar>& map, const Runs& runs) {
+    locate(map, runs, map.adjacent_channels());
+    if (!in_place_) copy_from(map, runs);
+  }
+  // Copies pixels of a map to be changed.
+  void gather_copy(const FeatureMap<Scalar>& map, const Runs& runs, bool pixel_rows) {
+    make_room(pixel_rows, map.channels, runs.pixels);
+    copy_from(map, runs);
+  }
+
+  // Makes room for pixels that are to be written to a map by scatter().
+  void locate(const FeatureMap<Scalar>& map, const Runs& runs, bool pixel_rows) {
+    make_room(pixel_rows, map.channels, runs.pixels);
+    if constexpr (std::is_same_v<Scalar, T>) {
+      in_place_ = pixel_rows_ && map.channel_stride == 1 && map.channels == channel_pitch_;
+      if (!in_place_) return;
+      for (const Run& run : runs) {
+        for (int64_t i = 0; i < run.size; ++i) rows_[run.begin + i] = map.at(run.row, run.column + i);
+      }
+    }
+  }
+
+  // With `streamed`, past the caches where whole vectors allow it.
+  void scatter(const FeatureMap<Scalar>& map, const Runs& runs, bool streamed = false) const {
+    if (in_place_) return;
+    if (pixel_rows_) {
+      each_pixel(map, runs, [&](Scalar* target, const T* row) {
+        copy(
+            channels_, [&](int64_t c, int64_t stride) { target[c * stride] = narrow<Scalar>(row[c]); },
+            map.channel_stride);
+      });
+      return;
+    }
+    const int64_t stride = map.column_stride;
+    each_run(map, runs, [&](Scalar* target, const T* row, int64_t size) {
+      if constexpr (std::is_same_v<Scalar, T>) {
+        if (streamed && stride == 1) return stream_run(target, row, size);
+      }
+      if (stride == 1) {
+        each_vector_of<T>(
+            size, [&](int64_t i) { store_narrowed(target + i, load(row + i)); },
+            [&](int64_t i) { target[i] = narrow<Scalar>(row[i]); });
+      } else {
+        for (int64_t i = 0; i < size; ++i) target[i * stride] = narrow<Scalar>(row[i]);
+      }
+    });
+  }
+
+  // Makes room for as many values as another block has, kept in the same way.
+  void make_room_like(const FeatureBlock& other) { make_room(other.pixel_rows_, other.channels_, other.pixels_); }
+
+  // table[j][p] = <vectors[j], pixel p>
+  void multiply(const RowTable<T>& vectors, int64_t count, const RowTable<T>& table) const {
+    if (pixel_rows_) {
+      dots<false>(rows_, pixels_, vectors.rows, count, channel_pitch_, table.memory, table.pitch, rows_);
+    } else {
+      weighted_sum(Write::kReplace, Weights<T>{vectors.memory, vectors.pitch, 1}, rows_, channels_, table.rows, count,
+                   width_);
+    }
+  }
+
+  // sums[j] += sum_p table[j][p] * pixel p. The table is zero past the last pixel.
+  // On the way calls fetch(row, i) for each vector of each row of channels.
+  template <typename Fetch>
+  void pool(const RowTable<T>& table, int64_t count, T* const* sums, const Fetch& fetch) const {
+    if (pixel_rows_) {
+      weighted_sum(Write::kAccumulate, Weights<T>{table.memory, table.pitch, 1}, rows_, pixels_, sums, count,
+                   channel_pitch_);
+    } else {
+      add_dots(rows_, channels_, table.rows, count, width_, sums, fetch);
+    }
+  }
+
+  // pixel p (=, or += with kAccumulate) sum_j table[j][p] * vectors[j]
+  void spread(Write write, const RowTable<T>& table, const RowTable<T>& vectors, int64_t count) {
+    if (pixel_rows_) {
+      weighted_sum(write, Weights<T>{table.memory, 1, table.pitch}, vectors.rows, count, rows_, pixels_,
+                   channel_pitch_);
+    } else {
+      weighted_sum(write, Weights<T>{vectors.memory, 1, vectors.pitch}, table.rows, count, rows_, channels_, width_);
+    }
+  }
+
+  // pixel p += offset + factor * (pixel p of other - centre), channel by channel
+  void add_affine(const T* offset, const T* factor, const T* centre, const FeatureBlock& other) {
+    if (pixel_rows_) {
+      add_affine_as<true>(offset, factor, centre, other);
+    } else {
+      add_affine_as<false>(offset, factor, centre, other);
+    }
+  }
+
+  // Adds the pixels to the means and the sums of squared deviations of `seen` pixels.
+  void add_to_moments(int64_t seen, double* mean, double* squares, const RowTable<T>& sums) const {
+    T* __restrict first = sums.rows[0];
+    T* __restrict second = sums.rows[1];
+    if (pixel_rows_) {
+      for (int64_t c = 0; c < channels_; ++c) first[c] = second[c] = 0;
+      for (int64_t p = 1; p < pixels_; ++p) {
+        for (int64_t c = 0; c < channels_; ++c) {
+          const T difference = rows_[p][c] - rows_[0][c];
+          first[c] += difference;
+          second[c] += difference * difference;
+        }
+      }
+    } else {
+      for (int64_t c = 0; c < channels_; c += kSummedRows<T>) {
+        const T* rows[kSummedRows<T>];
+        for (int64_t r = 0; r < kSummedRows<T>; ++r) rows[r] = rows_[smaller(c + r, channels_ - 1)];
+        sum_differences_of_rows(rows, 1, pixels_, first + c, second + c);
+      }
+    }
+    for (int64_t c = 0; c < channels_; ++c) {
+      merge_sums(static_cast<double>(seen), mean[c], squares[c], static_cast<double>(pixels_),
+                 pixel_rows_ ? rows_[0][c] : rows_[c][0], first[c], second[c]);
+    }
+  }
+
+ private:
+  void copy_from(const FeatureMap<Scalar>& map, const Runs& runs) {
+    if (pixel_rows_) {
+      each_pixel(map, runs, [&](const Scalar* source, T* row) {
+        copy(channels_, [&](int64_t c, int64_t stride) { row[c] = widen(source[c * stride]); }, map.channel_stride);
+        for (int64_t c = channels_; c < channel_pitch_; ++c) row[c] = 0;
+      });
+      return;
+    }
+    const int64_t stride = map.column_stride;
+    each_run(map, runs, [&](const Scalar* source, T* row, int64_t size) {
+      if (stride == 1) {
+        each_vector_of<T>(
+            size, [&](int64_t i) { store<T>(row + i, load_widened(source + i)); },
+            [&](int64_t i) { row[i] = widen(source[i]); });
+      } else {
+        for (int64_t i = 0; i < size; ++i) row[i] = widen(source[i * stride]);
+      }
+    });
+    for (int64_t c = 0; c < channels_; ++c) {
+      for (int64_t p = pixels_; p < width_; ++p) rows_[c][p] = 0;
+    }
+  }
+
+  void make_room(bool pixel_rows, int64_t channels, int64_t pixels) {
+    in_place_ = false;
+    pixel_rows_ = pixel_rows;
+    channels_ = channels;
+    pixels_ = pixels;
+    width_ = padded<T>(pixels);
+    for (int64_t i = 0; i < row_count(); ++i) rows_[i] = memory_ + i * (pixel_rows_ ? channel_pitch_ : pixel_pitch_);
+  }
+
+  static void stream_run(T* target, const T* row, int64_t size) {
+    int64_t i = 0;
+    for (; i < size && reinterpret_cast<uintptr_t>(target + i) % kVectorBytes != 0; ++i) target[i] = row[i];
+    for (; i + kLanes<T> <= size; i += kLanes<T>) stream<T>(target + i, load(row + i));
+    for (; i < size; ++i) target[i] = row[i];
+  }
+
+  // Calls assign(i, stride) for each i, in a loop that can be vectorised where the stride is 1.
+  template <typename Assign>
+  static void copy(int64_t count, const Assign& assign, int64_t stride) {
+    if (stride == 1) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < count; ++i) assign(i, 1);
+    } else {
+      for (int64_t i = 0; i < count; ++i) assign(i, stride);
+    }
+  }
+
+  template <typename Visit>
+  void each_pixel(const FeatureMap<Scalar>& map, const Runs& runs, const Visit& visit) const {
+    for (const Run& run : runs) {
+      for (int64_t i = 0; i < run.size; ++i) visit(map.at(run.row, run.column + i), rows_[run.begin + i]);
+    }
+  }
+  template <typename Visit>
+  void each_run(const FeatureMap<Scalar>& map, const Runs& runs, const Visit& visit) const {
+    Scalar* begins[kMostPixels];
+    for (int64_t r = 0; r < runs.count; ++r) begins[r] = map.at(runs.list[r].row, runs.list[r].column);
+    for (int64_t c = 0; c < channels_; ++c) {
+      for (int64_t r = 0; r < runs.count; ++r) {
+        visit(begins[r] + c * map.channel_stride, rows_[c] + runs.list[r].begin, runs.list[r].size);
+      }
+    }
+  }
+
+  template <bool kPixelRows>
+  void add_affine_as(const T* offset, const T* factor, const T* centre, const FeatureBlock& other) {
+    for (int64_t r = 0; r < row_count(); ++r) {
+      T* row = rows_[r];
+      for (int64_t i = 0; i < width(); i += kLanes<T>) {
+        const Vector<T> centred = load(other.rows_[r] + i) - beside_row<kPixelRows>(centre, r, i);
+        const Vector<T> change = beside_row<kPixelRows>(offset, r, i) + beside_row<kPixelRows>(factor, r, i) * centred;
+        store<T>(row + i, load(row + i) + change);
+      }
+    }
+  }
+
+  bool pixel_rows_ = false, in_place_ = false;
+  int64_t channels_ = 0, pixels_ = 0, width_ = 0;
+  int64_t pixel_pitch_, channel_pitch_;
+  T* memory_;
+  T** rows_;
+};
+
+}  // namespace
+}  // namespace sca::SCA_CPU_CAPABILITY

@@ -1,0 +1,96 @@
+#include <cmath>
+
+#include "semantic_modulate.h"
+
+namespace sca::SCA_CPU_CAPABILITY {
+namespace {
+
+template <typename Scalar>
+class Forward : public SemanticModulate<Scalar> {
+  using Base = SemanticModulate<Scalar>;
+  using typename Base::Scratch;
+  using typename Base::T;
+  using Base::call_;
+
+ public:
+  explicit Forward(const sca_semantic_modulate& call) : Base(call, 2) {}
+
+  int64_t workspace_size() const {
+    return Base::arena_.used() + call_.threads * Base::template scratch_size<Scratch>(*this);
+  }
+
+  void run() const {
+    if (!call_.stats_given) make_statistics();
+    Base::make_uniform_rows();
+    Base::template each_chunk<Scratch>(
+        *this, [&](int64_t image, int64_t chunk, Scratch& scratch) { modulate_chunk(image, chunk, scratch); });
+  }
+
+ private:
+  void make_statistics() const {
+    const double pixels = static_cast<double>(call_.pixels.count);
+    Base::statistics_.run(call_.threads, [&](int64_t image, int64_t channel, double mean, double squares) {
+      const double variance = pixels > 0 ? squares / pixels : 0;
+      static_cast<T*>(call_.mean)[image * call_.channels + channel] = static_cast<T>(mean);
+      static_cast<T*>(call_.rstd)[image * call_.channels + channel] =
+          static_cast<T>(1 / std::sqrt(variance + call_.eps));
+    });
+  }
+
+  void modulate_chunk(int64_t image, int64_t chunk, Scratch& scratch) const {
+    const ImageTokens latent_tokens(call_.latents, image), pixels(call_.pixels, image);
+    const FeatureMap<Scalar> x = image_of<Scalar>(call_.x, image, call_.channels);
+    const FeatureMap<Scalar> out = image_of<Scalar>(call_.out, image, call_.channels);
+    const bool streamed = Base::streamed();
+    Base::load_channels(image, scratch);
+    pixels.for_each_label(Base::chunk(chunk), [&](int64_t label, Range range) {
+      const Range latents = latent_tokens.with_label(label);
+      Base::load_label(image, latents, scratch);
+      Base::each_block(pixels, range, Base::chunk(chunk), [&](const Runs& runs, const Runs& following) {
+        const Upcoming<Scalar> upcoming(following, x, {});
+        scratch.x.gather(x, runs);
+        scratch.result.locate(out, runs, scratch.x.pixel_rows());
+        Base::fill_table(image, latents, runs, scratch);
+        if (scratch.x.pixel_rows()) {
+          modulate<true>(image, latents, runs, upcoming, streamed && scratch.result.streamable(out), scratch);
+        } else {
+          modulate<false>(image, latents, runs, upcoming, false, scratch);
+        }
+        scratch.result.scatter(out, runs, streamed);
+      });
+    });
+  }
+
+  template <bool kPixelRows>
+  void modulate(int64_t image, Range latents, const Runs& runs, const Upcoming<Scalar>& upcoming, bool streamed,
+                Scratch& scratch) const {
+    const T slope = static_cast<T>(call_.negative_slope);
+    T* const* x = scratch.x.rows();
+    T* const* out = scratch.result.rows();
+    Base::template each_vector<kPixelRows>(
+        image, latents, runs, upcoming, scratch, [&](int64_t row, int64_t i, Vector<T> gamma, Vector<T> beta) {
+          const Vector<T> centred = load(x[row] + i) - beside_row<kPixelRows>(scratch.mean, row, i);
+          const Vector<T> y = gamma * (centred * beside_row<kPixelRows>(scratch.rstd, row, i)) + beta;
+          const Vector<T> result = y > T(0) ? y : y * slope;
+          if (streamed) {
+            stream<T>(out[row] + i, result);
+          } else {
+            store<T>(out[row] + i, result);
+          }
+        });
+  }
+};
+
+}  // namespace
+
+int64_t semantic_modulate_workspace(const sca_semantic_modulate& call) {
+  int64_t size = 0;
+  with_scalar_type(call.scalar_type, [&](auto scalar) { size = Forward<decltype(scalar)>(call).workspace_size(); });
+  return size;
+}
+
+void semantic_modulate_forward(const sca_semantic_modulate& call) {
+  with_scalar_type(call.scalar_type, [&](auto scalar) { Forward<decltype(scalar)>(call).run(); });
+}
+
+}  // namespace sca::SCA_CPU_CAPABILITY

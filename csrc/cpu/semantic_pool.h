@@ -1,0 +1,86 @@
+// What the forward and the backward of semantic_pool share. A partial row of a latent has the C channels, then a value
+// for each row and each column of the image.
+#pragma once
+
+#include "folded_attention.h"
+
+namespace sca::SCA_CPU_CAPABILITY {
+namespace {
+
+template <typename Scalar>
+class SemanticPool : public FoldedAttention<Scalar, sca_semantic_pool> {
+  using Base = FoldedAttention<Scalar, sca_semantic_pool>;
+
+ public:
+  using typename Base::T;
+
+  explicit SemanticPool(const sca_semantic_pool& call)
+      : Base(call, 2),
+        row_begin_(Base::channel_width_),
+        column_begin_(row_begin_ + padded<T>(call.height)),
+        partial_width_(column_begin_ + padded<T>(call.width)) {
+    const int64_t rows = Base::partial_count(), moments = call.batch * Base::chunks_ * call.channels;
+    partials_ = arena_.template take<T>(rows * partial_width_);
+    max_ = arena_.template take<T>(rows);
+    sum_ = arena_.template take<T>(rows);
+    mean_ = arena_.template take<double>(moments);
+    squares_ = arena_.template take<double>(moments);
+    offset_ = arena_.template take<T>(call.batch * Base::channel_width_);
+    factor_ = arena_.template take<T>(call.batch * Base::channel_width_);
+    centre_ = arena_.template take<T>(call.batch * Base::channel_width_);
+    delta_ = arena_.template take<T>(call.batch * call.heads * call.latents.count);
+  }
+
+  int64_t workspace_size() const { return arena_.used() + call_.threads * Base::template scratch_size<Scratch>(*this); }
+
+ protected:
+  using Base::arena_;
+  using Base::call_;
+
+  // What one thread works in; rows are of all heads of a label's latents.
+  struct Scratch {
+    FeatureBlock<Scalar> x, gradient;
+    RowTable<T> queries, gradients;        // (rows, channels)
+    RowTable<T> differences;               // two rows of channels
+    RowTable<T> weights, logit_gradients;  // (rows, pixels of a block)
+    T** sums;                              // the partial rows
+
+    Scratch(Arena& arena, const SemanticPool& kernel)
+        : x(arena, kernel.call_.channels, kernel.block_),
+          gradient(arena, kernel.call_.channels, kernel.block_),
+          queries(arena, kernel.most_rows(), kernel.channel_width_),
+          gradients(arena, kernel.most_rows(), kernel.channel_width_),
+          differences(arena, 2, kernel.channel_width_),
+          weights(arena, kernel.most_rows(), kernel.block_),
+          logit_gradients(arena, kernel.most_rows(), kernel.block_),
+          sums(arena.take<T*>(kernel.most_rows())) {}
+  };
+
+  // Clears the partial rows of a label's latents in a chunk and points `sums` at them.
+  void clear_partials(int64_t image, int64_t chunk_index, Range latents, T** sums) const {
+    Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
+      const int64_t index = Base::partial(image, head, chunk_index, latent);
+      max_[index] = -std::numeric_limits<T>::infinity();
+      sum_[index] = 0;
+      sums[j] = partials_ + index * partial_width_;
+      for (int64_t i = 0; i < partial_width_; ++i) sums[j][i] = 0;
+    });
+  }
+
+  // table[j][p] = <queries[j], pixel p> + row_bias + col_bias
+  void make_logits(const Scratch& scratch, const Runs& runs, int64_t image, Range latents) const {
+    scratch.x.multiply(scratch.queries, latents.size() * call_.heads, scratch.weights);
+    Base::add_by_position(runs, image, latents, call_.row_bias, call_.col_bias, scratch.weights);
+  }
+
+  const int64_t row_begin_, column_begin_, partial_width_;
+  T *partials_, *max_, *sum_;
+  double *mean_, *squares_;
+  // (batch, padded channels), backward: moments and absent labels add offset + factor (x - centre) to the gradient of
+  // x.
+  T *offset_, *factor_, *centre_;
+  T* delta_;  // (batch, heads, latents), backward
+};
+
+}  // namespace
+}  // namespace sca::SCA_CPU_CAPABILITY

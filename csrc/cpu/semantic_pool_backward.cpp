@@ -1,0 +1,152 @@
+#include "semantic_pool.h"
+
+namespace sca::SCA_CPU_CAPABILITY {
+namespace {
+
+// With a = exp(logits - lse), over the pixels p of a latent's label, and dA = <dO, x_p> + dR[row] + dC[column]:
+//     dS = a * (dA - delta),  delta = <dO, O> + <dR, R> + <dC, C> - dlse,
+//     dx_p = sum_latents (a dO + dS query) + what the moments and the latents without pixels add,
+//     dquery = sum_p dS x_p,  and dS summed over the rows and columns of the image gives those of the biases.
+template <typename Scalar>
+class Backward : public SemanticPool<Scalar> {
+  using Base = SemanticPool<Scalar>;
+  using typename Base::Scratch;
+  using typename Base::T;
+  using Base::call_;
+
+ public:
+  Backward(const sca_semantic_pool& call, const sca_semantic_pool_gradients& gradients)
+      : Base(call), gradients_(gradients) {}
+
+  void run() const {
+    for (int64_t image = 0; image < call_.batch; ++image) prepare(image);
+    Base::template each_chunk<Scratch>(
+        *this, [&](int64_t image, int64_t chunk, Scratch& scratch) { differentiate_chunk(image, chunk, scratch); });
+    Base::each_label([&](int64_t image, int64_t head, int64_t label) { merge_label(image, head, label); });
+  }
+
+ private:
+  static T inner(const void* a, const void* b, int64_t row, int64_t size) {
+    T sum = 0;
+    if (!a) return sum;
+    const T *left = static_cast<const T*>(a) + row * size, *right = static_cast<const T*>(b) + row * size;
+    for (int64_t i = 0; i < size; ++i) sum += left[i] * right[i];
+    return sum;
+  }
+
+  // delta of each latent, and per channel: dx_p += offset + factor (x_p - centre).
+  void prepare(int64_t image) const {
+    const ImageTokens pixels(call_.pixels, image);
+    const int64_t begin = image * call_.channels;
+    const T share = T(1) / static_cast<T>(larger<int64_t>(call_.pixels.count, 1));
+    T* offset = Base::offset_ + image * Base::channel_width_;
+    T* factor = Base::factor_ + image * Base::channel_width_;
+    const auto value = [](const void* base, int64_t i) { return base ? static_cast<const T*>(base)[i] : T(0); };
+    for (int64_t c = 0; c < call_.channels; ++c) offset[c] = value(gradients_.grad_mean, begin + c);
+    for (int64_t label = 0; label <= call_.latents.labels; ++label) {
+      const bool absent = pixels.with_label(label).size() == 0;
+      Base::each_row(Base::latents_of(image, label), [&](int64_t, int64_t head, int64_t latent) {
+        const int64_t row = Base::row(image, head, latent);
+        if (absent && call_.empty_uniform) {
+          for (int64_t c = 0; c < call_.channels; ++c) {
+            offset[c] += value(gradients_.grad_pooled, row * call_.channels + c);
+          }
+        }
+        Base::delta_[row] = inner(gradients_.grad_pooled, call_.pooled, row, call_.channels) +
+                            inner(gradients_.grad_row_mass, call_.row_mass, row, call_.height) +
+                            inner(gradients_.grad_col_mass, call_.col_mass, row, call_.width) -
+                            value(gradients_.grad_lse, row);
+      });
+    }
+    T* centre = Base::centre_ + image * Base::channel_width_;
+    for (int64_t c = call_.channels; c < Base::channel_width_; ++c) offset[c] = factor[c] = centre[c] = 0;
+    for (int64_t c = 0; c < call_.channels; ++c) {
+      factor[c] = 2 * share * value(gradients_.grad_second_moment, begin + c);
+      offset[c] *= share;
+      centre[c] = static_cast<const T*>(call_.mean)[begin + c];
+    }
+  }
+
+  void differentiate_chunk(int64_t image, int64_t chunk, Scratch& scratch) const {
+    const ImageTokens latent_tokens(call_.latents, image), pixels(call_.pixels, image);
+    const FeatureMap<Scalar> x = image_of<Scalar>(call_.x, image, call_.channels);
+    const FeatureMap<Scalar> grad_x = image_of<Scalar>(gradients_.grad_x, image, call_.channels);
+    const bool streamed = Base::streamed();
+    const bool wants_x = gradients_.grad_x.data != nullptr;
+    const T* offset = Base::offset_ + image * Base::channel_width_;
+    const T* factor = Base::factor_ + image * Base::channel_width_;
+    const T* centre = Base::centre_ + image * Base::channel_width_;
+    pixels.for_each_label(Base::chunk(chunk), [&](int64_t label, Range range) {
+      const Range latents = latent_tokens.with_label(label);
+      const int64_t count = latents.size() * call_.heads;
+      Base::load_rows(call_.queries, image, latents, scratch.queries);
+      Base::load_rows(gradients_.grad_pooled, image, latents, scratch.gradients);
+      Base::clear_partials(image, chunk, latents, scratch.sums);
+      Base::each_block(pixels, range, Base::chunk(chunk), [&](const Runs& runs, const Runs& following) {
+        scratch.x.gather(x, runs);
+        Base::make_logits(scratch, runs, image, latents);
+        scratch.x.multiply(scratch.gradients, count, scratch.logit_gradients);
+        Base::add_by_position(runs, image, latents, gradients_.grad_row_mass, gradients_.grad_col_mass,
+                              scratch.logit_gradients);
+        Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
+          const int64_t row = Base::row(image, head, latent);
+          differentiate_softmax(scratch.weights.rows[j], scratch.logit_gradients.rows[j], runs.pixels,
+                                static_cast<const T*>(call_.lse)[row], Base::delta_[row]);
+        });
+        const Upcoming<Scalar> upcoming(following, x, {});
+        scratch.x.pool(scratch.logit_gradients, count, scratch.sums,
+                       [&](int64_t row, int64_t i) { upcoming.template fetch<false>(row, i / kLanes<T>); });
+        Base::sum_by_position(runs, scratch.logit_gradients, count, scratch.sums, Base::row_begin_,
+                              Base::column_begin_);
+        if (!wants_x) return;
+        scratch.gradient.locate(grad_x, runs, scratch.x.pixel_rows());
+        scratch.gradient.spread(Write::kReplace, scratch.weights, scratch.gradients, count);
+        scratch.gradient.spread(Write::kAccumulate, scratch.logit_gradients, scratch.queries, count);
+        scratch.gradient.add_affine(offset, factor, centre, scratch.x);
+        scratch.gradient.scatter(grad_x, runs, streamed);
+      });
+    });
+  }
+
+  // logits become weights, gradients of the weights become gradients of the logits; both zero past the last pixel.
+  static void differentiate_softmax(T* logits, T* gradients, int64_t count, T lse, T delta) {
+    const int64_t width = padded<T>(count);
+    for (int64_t p = 0; p < width; p += kLanes<T>) {
+      const Vector<T> weights = exp<T>(load(logits + p) - lse);
+      store<T>(logits + p, weights);
+      store<T>(gradients + p, weights * (load(gradients + p) - delta));
+    }
+    for (int64_t p = count; p < width; ++p) logits[p] = gradients[p] = 0;
+  }
+
+  void merge_label(int64_t image, int64_t head, int64_t label) const {
+    const Range latents = Base::latents_of(image, label);
+    const Range pixels = ImageTokens(call_.pixels, image).with_label(label);
+    const Range chunks = pixels.size() > 0 ? Base::chunks_of(pixels) : Range{0, 0};
+    const auto merge = [&](void* gradient, int64_t latent, int64_t size, int64_t begin) {
+      if (!gradient) return;
+      T* target = static_cast<T*>(gradient) + Base::row(image, head, latent) * size;
+      for (int64_t i = 0; i < size; ++i) target[i] = 0;
+      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+        const int64_t index = Base::partial(image, head, chunk, latent);
+        const T* source = Base::partials_ + index * Base::partial_width_ + begin;
+        for (int64_t i = 0; i < size; ++i) target[i] += source[i];
+      }
+    };
+    for (int64_t latent = latents.begin; latent < latents.end; ++latent) {
+      merge(gradients_.grad_queries, latent, call_.channels, 0);
+      merge(gradients_.grad_row_bias, latent, call_.height, Base::row_begin_);
+      merge(gradients_.grad_col_bias, latent, call_.width, Base::column_begin_);
+    }
+  }
+
+  const sca_semantic_pool_gradients& gradients_;
+};
+
+}  // namespace
+
+void semantic_pool_backward(const sca_semantic_pool& call, const sca_semantic_pool_gradients& gradients) {
+  with_scalar_type(call.scalar_type, [&](auto scalar) { Backward<decltype(scalar)>(call, gradients).run(); });
+}
+
+}  // namespace sca::SCA_CPU_CAPABILITY

@@ -1,0 +1,136 @@
+#include "semantic_pool.h"
+#include "softmax.h"
+
+namespace sca::SCA_CPU_CAPABILITY {
+namespace {
+
+template <typename Scalar>
+class Forward : public SemanticPool<Scalar> {
+  using Base = SemanticPool<Scalar>;
+  using typename Base::Scratch;
+  using typename Base::T;
+  using Base::call_;
+
+ public:
+  using Base::Base;
+
+  void run() const {
+    Base::template each_chunk<Scratch>(
+        *this, [&](int64_t image, int64_t chunk, Scratch& scratch) { pool_chunk(image, chunk, scratch); });
+    for (int64_t image = 0; image < call_.batch; ++image) merge_chunks(image);
+    Base::each_label([&](int64_t image, int64_t head, int64_t label) { merge_label(image, head, label); });
+  }
+
+ private:
+  void pool_chunk(int64_t image, int64_t chunk, Scratch& scratch) const {
+    const ImageTokens latent_tokens(call_.latents, image), pixels(call_.pixels, image);
+    const FeatureMap<Scalar> x = image_of<Scalar>(call_.x, image, call_.channels);
+    const int64_t moments = (image * Base::chunks_ + chunk) * call_.channels;
+    double *mean = Base::mean_ + moments, *squares = Base::squares_ + moments;
+    for (int64_t c = 0; c < call_.channels; ++c) mean[c] = squares[c] = 0;
+    int64_t seen = 0;
+    pixels.for_each_label(Base::chunk(chunk), [&](int64_t label, Range range) {
+      const Range latents = latent_tokens.with_label(label);
+      const int64_t count = latents.size() * call_.heads;
+      Base::load_rows(call_.queries, image, latents, scratch.queries);
+      Base::clear_partials(image, chunk, latents, scratch.sums);
+      Base::each_block(pixels, range, Base::chunk(chunk), [&](const Runs& runs, const Runs& following) {
+        scratch.x.gather(x, runs);
+        scratch.x.add_to_moments(seen, mean, squares, scratch.differences);
+        seen += runs.pixels;
+        if (count == 0) return;
+        Base::make_logits(scratch, runs, image, latents);
+        Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
+          const int64_t index = Base::partial(image, head, chunk, latent);
+          const T correction = add_to_softmax(scratch.weights.rows[j], runs.pixels, padded<T>(runs.pixels), T(1),
+                                              Base::max_[index], Base::sum_[index]);
+          if (correction != 1) {
+            for (int64_t i = 0; i < Base::partial_width_; ++i) scratch.sums[j][i] *= correction;
+          }
+        });
+        const Upcoming<Scalar> upcoming(following, x, {});
+        scratch.x.pool(scratch.weights, count, scratch.sums,
+                       [&](int64_t row, int64_t i) { upcoming.template fetch<false>(row, i / kLanes<T>); });
+        Base::sum_by_position(runs, scratch.weights, count, scratch.sums, Base::row_begin_, Base::column_begin_);
+      });
+    });
+  }
+
+  void merge_chunks(int64_t image) const {
+    for (int64_t c = 0; c < call_.channels; ++c) {
+      double mean = 0, squares = 0, seen = 0;
+      for (int64_t chunk = 0; chunk < Base::chunks_; ++chunk) {
+        const int64_t index = (image * Base::chunks_ + chunk) * call_.channels + c;
+        const double count = static_cast<double>(Base::chunk(chunk).size());
+        merge_moments(seen, mean, squares, count, Base::mean_[index], Base::squares_[index]);
+        seen += count;
+      }
+      static_cast<T*>(call_.mean)[image * call_.channels + c] = static_cast<T>(mean);
+      static_cast<T*>(call_.second_moment)[image * call_.channels + c] =
+          static_cast<T>(squares / static_cast<double>(larger<int64_t>(call_.pixels.count, 1)));
+    }
+  }
+
+  void merge_label(int64_t image, int64_t head, int64_t label) const {
+    const Range latents = Base::latents_of(image, label);
+    const Range pixels = ImageTokens(call_.pixels, image).with_label(label);
+    for (int64_t latent = latents.begin; latent < latents.end; ++latent) {
+      const int64_t row = Base::row(image, head, latent);
+      struct Part {
+        T* target;
+        int64_t size, begin;
+        const T* uniform;  // what a latent without pixels gets: these values, or else equal shares
+      };
+      const Part parts[] = {
+          {static_cast<T*>(call_.pooled) + row * call_.channels, call_.channels, 0,
+           static_cast<const T*>(call_.mean) + image * call_.channels},
+          {static_cast<T*>(call_.row_mass) + row * call_.height, call_.height, Base::row_begin_, nullptr},
+          {static_cast<T*>(call_.col_mass) + row * call_.width, call_.width, Base::column_begin_, nullptr}};
+      T& lse = static_cast<T*>(call_.lse)[row];
+      if (pixels.size() == 0) {
+        lse = -std::numeric_limits<T>::infinity();
+        for (const Part& part : parts) {
+          for (int64_t i = 0; i < part.size; ++i) {
+            const T share = part.uniform ? part.uniform[i] : T(1) / static_cast<T>(part.size);
+            part.target[i] = call_.empty_uniform ? share : T(0);
+          }
+        }
+        continue;
+      }
+      const Range chunks = Base::chunks_of(pixels);
+      T max = -std::numeric_limits<T>::infinity(), sum = 0;
+      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+        max = larger(max, Base::max_[Base::partial(image, head, chunk, latent)]);
+      }
+      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+        const int64_t index = Base::partial(image, head, chunk, latent);
+        sum += std::exp(Base::max_[index] - max) * Base::sum_[index];
+      }
+      lse = max + std::log(sum);
+      for (const Part& part : parts) {
+        for (int64_t i = 0; i < part.size; ++i) part.target[i] = 0;
+        for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+          const int64_t index = Base::partial(image, head, chunk, latent);
+          const T* source = Base::partials_ + index * Base::partial_width_ + part.begin;
+          const T weight = std::exp(Base::max_[index] - max) / sum;
+          for (int64_t i = 0; i < part.size; ++i) part.target[i] += weight * source[i];
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+
+int64_t semantic_pool_workspace(const sca_semantic_pool& call) {
+  int64_t size = 0;
+  with_scalar_type(call.scalar_type,
+                   [&](auto scalar) { size = SemanticPool<decltype(scalar)>(call).workspace_size(); });
+  return size;
+}
+
+void semantic_pool_forward(const sca_semantic_pool& call) {
+  with_scalar_type(call.scalar_type, [&](auto scalar) { Forward<decltype(scalar)>(call).run(); });
+}
+
+}  // namespace sca::SCA_CPU_CAPABILITY
