@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import sca_kernels
-from sca_kernels import LabelMap, LatentLayout, LatentSelection
+from sca_kernels import LabelMap, LatentLayout, LatentSelection, semantic_pool
 
 operator = pytest.mark.parametrize("operator", BUILDERS)
 either_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -383,3 +383,38 @@ def test_a_selection_made_in_a_graph(native, operator):
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     torch._dynamo.reset()
+
+
+def pool_present(labels: LabelMap, x: Tensor, queries: Tensor) -> Tensor:
+    selection = LAYOUT.present_in(labels)
+    return semantic_pool(gathered(selection, queries), x, selection, labels, empty="zero").pooled.sum(2)
+
+
+@pytest.mark.compiled
+def test_a_selection_made_in_a_graph_for_any_size(native):
+    torch._dynamo.reset()
+    function = torch.compile(pool_present, fullgraph=True, backend="aot_eager", dynamic=True)
+    for height, width, batch in ((6, 7, 2), (9, 5, 2), (40, 33, 3), (1, 2, 2)):
+        labels = random_map(batch, height, width, 5)
+        tensors = pool_problem(labels, batch=batch, channels=4).tensors
+        arguments = (labels, tensors["x"], tensors["queries"])
+        torch.testing.assert_close(function(*arguments), pool_present(*arguments))
+    torch._dynamo.reset()
+
+
+class Pool(torch.nn.Module):
+    def forward(self, selection: LatentSelection, labels: LabelMap, x: Tensor, queries: Tensor) -> Tensor:
+        return semantic_pool(queries, x, selection, labels).pooled
+
+
+@pytest.mark.compiled
+def test_export_with_a_selection_is_saved_and_loaded(native):
+    labels = MAPS["different labels"]
+    selection = LAYOUT.present_in(labels)
+    tensors = pool_problem(labels, selection, channels=4).tensors
+    arguments = (selection, labels, tensors["x"], tensors["queries"])
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(Pool(), arguments), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    assert torch.equal(loaded(*arguments), Pool()(*arguments))

@@ -335,6 +335,7 @@ def large_problem_and_expected() -> tuple[Problem, Values]:
     return problem, expect(problem)
 
 
+@pytest.mark.slow_under_sanitizer
 @any_memory
 def test_large_feature_map(capability, use_threads, memory):
     """A result of 16 MiB, which may be written in another way than a small one, by two threads."""
@@ -344,6 +345,7 @@ def test_large_feature_map(capability, use_threads, memory):
     assert error_ratio(out, expected["out"]) <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.slow_under_sanitizer
 @any_memory
 def test_gradients_of_a_large_feature_map(native, use_threads, memory):
     problem, expected = large_problem_and_expected()

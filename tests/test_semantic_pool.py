@@ -293,6 +293,7 @@ def large_problem_and_expected() -> tuple[Problem, Values]:
     return problem, expect(problem)
 
 
+@pytest.mark.slow_under_sanitizer
 @any_memory
 def test_large_feature_map(capability, use_threads, memory):
     """A gradient of 16 MiB, which may be written in another way than a small one, by two threads."""

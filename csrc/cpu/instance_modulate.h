@@ -34,6 +34,7 @@ struct Channels {
   T *mean, *mean_rest, *scale, *offset, *strength, *common, *proportional;
 };
 
+// The noise of a tile; null: none.
 template <typename T>
 struct TileNoise {
   TileRows<T> rows = {nullptr, 0};
