@@ -164,6 +164,7 @@ class FeatureBlock {
         rows_(arena.take<T*>(larger(channel_pitch_, pixel_pitch_))) {}
 
   bool pixel_rows() const { return pixel_rows_; }
+  bool is_copy() const { return !in_place_; }
   // Whether the rows lie in the map itself and all begin where a vector may be streamed to.
   bool streamable(const FeatureMap<Scalar>& map) const {
     return in_place_ && reinterpret_cast<uintptr_t>(map.data) % kVectorBytes == 0 &&

@@ -162,25 +162,32 @@ class InstanceModulate {
     return Scratch(arena, scratch_elements());
   }
 
-  // Runs before(group, chunk, thread) for all chunks of a group if there is something to do before, middle(group), and
-  // after(group, chunk, thread) likewise: group by group, while it is in the caches, where that keeps the threads busy.
-  template <typename Before, typename Middle, typename After>
-  void run(bool with_before, const Before& before, const Middle& middle, bool with_after, const After& after) const {
+  // Which parts of a kernel there is something to do in.
+  struct Parts {
+    bool start, before, after;
+  };
+
+  // For each group: start(group), before(group, chunk, thread) for all chunks, middle(group), and after(group, chunk,
+  // thread) for all chunks. Group by group, while it is in the caches, where that keeps the threads busy.
+  template <typename Kernel>
+  void run(const Kernel& kernel, Parts parts) const {
     const int64_t groups = call_.batch * groups_;
-    const int64_t chunks_before = with_before ? chunks_ : 0, chunks_after = with_after ? chunks_ : 0;
+    const int64_t chunks_before = parts.before ? chunks_ : 0, chunks_after = parts.after ? chunks_ : 0;
     if (call_.threads <= 1 || chunks_ <= 1 || groups >= 4 * call_.threads) {
       parallel_for(groups, call_.threads, [&](int64_t group, int thread) {
-        for (int64_t chunk = 0; chunk < chunks_before; ++chunk) before(group, chunk, thread);
-        middle(group);
-        for (int64_t chunk = 0; chunk < chunks_after; ++chunk) after(group, chunk, thread);
+        if (parts.start) kernel.start(group);
+        for (int64_t chunk = 0; chunk < chunks_before; ++chunk) kernel.before(group, chunk, thread);
+        kernel.middle(group);
+        for (int64_t chunk = 0; chunk < chunks_after; ++chunk) kernel.after(group, chunk, thread);
       });
       return;
     }
+    parallel_for(parts.start ? groups : 0, call_.threads, [&](int64_t group, int) { kernel.start(group); });
     parallel_for(groups * chunks_before, call_.threads,
-                 [&](int64_t item, int thread) { before(item / chunks_, item % chunks_, thread); });
-    parallel_for(groups, call_.threads, [&](int64_t group, int) { middle(group); });
+                 [&](int64_t item, int thread) { kernel.before(item / chunks_, item % chunks_, thread); });
+    parallel_for(groups, call_.threads, [&](int64_t group, int) { kernel.middle(group); });
     parallel_for(groups * chunks_after, call_.threads,
-                 [&](int64_t item, int thread) { after(item / chunks_, item % chunks_, thread); });
+                 [&](int64_t item, int thread) { kernel.after(item / chunks_, item % chunks_, thread); });
   }
 
   // Calls visit(tile) for each tile of a chunk.
@@ -225,9 +232,6 @@ class InstanceModulate {
       of.strength[c] = inside ? value(call_.noise.strength, i) : T(0);
       of.common[c] = of.proportional[c] = 0;
     }
-  }
-  void prepare_all() const {
-    parallel_for(call_.batch * groups_, call_.threads, [&](int64_t group, int) { prepare(group); });
   }
   // What all pixels of a channel are multiplied by.
   T factor(int64_t i) const {

@@ -174,16 +174,16 @@ class Backward : public InstanceModulate<Scalar> {
     positive_ = Base::arena_.template take<LaneBits<T>>(activation_ == Activation::kNone ? 0 : rows * row_vectors_);
   }
 
-  void run() const {
-    Base::prepare_all();
-    const bool through_statistics = !call_.stats_given && gradients_.grad_x.data;
-    Base::run(
-        true, [&](int64_t group, int64_t chunk, int thread) { reduce(group, chunk, thread); },
-        [&](int64_t group) { finish(group); }, through_statistics,
-        [&](int64_t group, int64_t chunk, int thread) { differentiate(group, chunk, thread); });
-  }
+  void run() const { Base::run(*this, {true, true, !call_.stats_given && gradients_.grad_x.data}); }
 
  private:
+  friend Base;
+
+  void start(int64_t group) const { Base::prepare(group); }
+  void before(int64_t group, int64_t chunk, int thread) const { reduce(group, chunk, thread); }
+  void middle(int64_t group) const { finish(group); }
+  void after(int64_t group, int64_t chunk, int thread) const { differentiate(group, chunk, thread); }
+
   void reduce(int64_t group, int64_t chunk, int thread) const {
     const Scratch scratch = Base::scratch(thread);
     double* sums = Base::sums_of(group, chunk);

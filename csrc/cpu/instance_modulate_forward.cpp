@@ -14,22 +14,23 @@ class Forward : public InstanceModulate<Scalar> {
  public:
   explicit Forward(const sca_instance_modulate& call) : Base(call) {}
 
-  void run() const {
-    Base::run(
-        !call_.stats_given, [&](int64_t group, int64_t chunk, int thread) { measure(group, chunk, thread); },
-        [&](int64_t group) {
-          if (!call_.stats_given) merge(group);
-          Base::prepare(group);
-        },
-        true, [&](int64_t group, int64_t chunk, int thread) { modulate(group, chunk, thread); });
-  }
+  void run() const { Base::run(*this, {false, !call_.stats_given, true}); }
 
  private:
+  friend Base;
   enum Moment { kMean, kSquares };
 
   double* moments(int64_t group, int64_t chunk, Moment moment) const {
     return Base::sums_of(group, chunk) + moment * Base::pitch_;
   }
+
+  void start(int64_t) const {}
+  void before(int64_t group, int64_t chunk, int thread) const { measure(group, chunk, thread); }
+  void middle(int64_t group) const {
+    if (!call_.stats_given) merge(group);
+    Base::prepare(group);
+  }
+  void after(int64_t group, int64_t chunk, int thread) const { modulate(group, chunk, thread); }
 
   // The moments of a chunk.
   void measure(int64_t group, int64_t chunk, int thread) const {

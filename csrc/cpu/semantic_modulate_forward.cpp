@@ -49,24 +49,26 @@ class Forward : public SemanticModulate<Scalar> {
       Base::each_block(pixels, range, Base::chunk(chunk), [&](const Runs& runs, const Runs& following) {
         const Upcoming<Scalar> upcoming(following, x, {});
         scratch.x.gather(x, runs);
-        scratch.result.locate(out, runs, scratch.x.pixel_rows());
+        // A copy of the pixels turns into the result where it lies.
+        FeatureBlock<Scalar>& result = scratch.x.is_copy() ? scratch.x : scratch.result;
+        if (!scratch.x.is_copy()) result.locate(out, runs, scratch.x.pixel_rows());
         Base::fill_table(image, latents, runs, scratch);
         if (scratch.x.pixel_rows()) {
-          modulate<true>(image, latents, runs, upcoming, streamed && scratch.result.streamable(out), scratch);
+          modulate<true>(image, latents, runs, upcoming, streamed && result.streamable(out), result, scratch);
         } else {
-          modulate<false>(image, latents, runs, upcoming, false, scratch);
+          modulate<false>(image, latents, runs, upcoming, false, result, scratch);
         }
-        scratch.result.scatter(out, runs, streamed);
+        result.scatter(out, runs, streamed);
       });
     });
   }
 
   template <bool kPixelRows>
   void modulate(int64_t image, Range latents, const Runs& runs, const Upcoming<Scalar>& upcoming, bool streamed,
-                Scratch& scratch) const {
+                const FeatureBlock<Scalar>& result, Scratch& scratch) const {
     const T slope = static_cast<T>(call_.negative_slope);
     T* const* x = scratch.x.rows();
-    T* const* out = scratch.result.rows();
+    T* const* out = result.rows();
     Base::template each_vector<kPixelRows>(
         image, latents, runs, upcoming, scratch, [&](int64_t row, int64_t i, Vector<T> gamma, Vector<T> beta) {
           const Vector<T> centred = load(x[row] + i) - beside_row<kPixelRows>(scratch.mean, row, i);
