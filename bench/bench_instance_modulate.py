@@ -24,7 +24,6 @@ from sca_kernels import instance_modulate
 from sca_kernels.reference.noise import per_element_noise
 
 from . import memory
-from .feature_maps import without_gradient_at_kinks
 from .report import Goal
 from .run import Run
 from .timing import Contender, Figure
@@ -144,8 +143,13 @@ def problem(kind: Kind, channels: int, side: int, form: Form) -> Problem:
     made = Problem(kind, feature_map() + 0.5, parameters, noise, feature_map())
     if kind.negative_slope != 1:
         exact = made.in_float64()
-        without_gradient_at_kinks(made.grad_out, exactly(exact)(exact.x, exact.parameters))
+        clear_at_kinks(made.grad_out, exactly(exact)(exact.x, exact.parameters))
     return made
+
+
+def clear_at_kinks(gradient: Tensor, out: Tensor) -> None:
+    """Clears the gradient of results so close to zero that rounding may put them on the other side of the kink."""
+    gradient.masked_fill_(out.abs() < (1e-4 if gradient.dtype == torch.float32 else 0.05), 0)
 
 
 def ours(problem: Problem) -> Compute:
@@ -226,7 +230,7 @@ def race(run: Run, kind: Kind, channels: int, side: int, form: Form, goals: Mapp
             # Other numbers, whose result is another, and its kinks elsewhere.
             other = replace(made, noise=drawn(made.x), grad_out=made.grad_out.clone())
             out = exactly(other.in_float64())(exact.x, exact.parameters)
-            without_gradient_at_kinks(other.grad_out, out)
+            clear_at_kinks(other.grad_out, out)
             exact_other = other.in_float64()
             of_other = exact_other.task(exactly(exact_other), backward=True)()[some]
             entries.append(other.entry("separate", separate(other, drawn), backward, of_other))

@@ -140,18 +140,6 @@ inline Vector<T> beside_pixels(const T* pixel_values, int64_t row, int64_t i) {
   return beside_row<!kPixelRows>(pixel_values, row, i);
 }
 
-// Calls vector(i) for as many vectors as cover 0 ... count - 1, the last of which may overlap the one before; one(i)
-// for each i where there is less than a vector.
-template <typename T, typename Vector, typename One>
-inline void each_vector_of(int64_t count, const Vector& vector, const One& one) {
-  if (count < kLanes<T>) {
-    for (int64_t i = 0; i < count; ++i) one(i);
-    return;
-  }
-  for (int64_t i = 0; i + kLanes<T> <= count; i += kLanes<T>) vector(i);
-  if (count % kLanes<T> != 0) vector(count - kLanes<T>);
-}
-
 template <typename Scalar>
 class FeatureBlock {
  public:
@@ -160,7 +148,7 @@ class FeatureBlock {
   FeatureBlock(Arena& arena, int64_t channels, int64_t pixels)
       : pixel_pitch_(pixels),
         channel_pitch_(padded<T>(channels)),
-        memory_(arena.take<T>(pixel_pitch_ * channel_pitch_)),
+        memory_(arena.take<T>(pixel_pitch_ * channel_pitch_ + kLanes<T>)),  // a vector may begin at any pixel
         rows_(arena.take<T*>(larger(channel_pitch_, pixel_pitch_))) {}
 
   bool pixel_rows() const { return pixel_rows_; }
@@ -214,9 +202,9 @@ class FeatureBlock {
         if (streamed && stride == 1) return stream_run(target, row, size);
       }
       if (stride == 1) {
-        each_vector_of<T>(
-            size, [&](int64_t i) { store_narrowed(target + i, load(row + i)); },
-            [&](int64_t i) { target[i] = narrow<Scalar>(row[i]); });
+        int64_t i = 0;
+        for (; i + kLanes<T> <= size; i += kLanes<T>) store_narrowed(target + i, load(row + i));
+        if (i < size) store_narrowed(target + i, load(row + i), size - i);
       } else {
         for (int64_t i = 0; i < size; ++i) target[i * stride] = narrow<Scalar>(row[i]);
       }
@@ -305,9 +293,9 @@ class FeatureBlock {
     const int64_t stride = map.column_stride;
     each_run(map, runs, [&](const Scalar* source, T* row, int64_t size) {
       if (stride == 1) {
-        each_vector_of<T>(
-            size, [&](int64_t i) { store<T>(row + i, load_widened(source + i)); },
-            [&](int64_t i) { row[i] = widen(source[i]); });
+        int64_t i = 0;
+        for (; i + kLanes<T> <= size; i += kLanes<T>) store<T>(row + i, load_widened(source + i));
+        if (i < size) store_some<T>(row + i, load_widened(source + i, size - i), size - i);
       } else {
         for (int64_t i = 0; i < size; ++i) row[i] = widen(source[i * stride]);
       }
@@ -327,10 +315,11 @@ class FeatureBlock {
   }
 
   static void stream_run(T* target, const T* row, int64_t size) {
-    int64_t i = 0;
-    for (; i < size && reinterpret_cast<uintptr_t>(target + i) % kVectorBytes != 0; ++i) target[i] = row[i];
+    const auto behind = static_cast<int64_t>(reinterpret_cast<uintptr_t>(target) % kVectorBytes / sizeof(T));
+    int64_t i = smaller(behind == 0 ? 0 : kLanes<T> - behind, size);
+    if (i > 0) store_some<T>(target, load(row), i);
     for (; i + kLanes<T> <= size; i += kLanes<T>) stream<T>(target + i, load(row + i));
-    for (; i < size; ++i) target[i] = row[i];
+    if (i < size) store_some<T>(target + i, load(row + i), size - i);
   }
 
   // Calls assign(i, stride) for each i, in a loop that can be vectorised where the stride is 1.

@@ -73,6 +73,14 @@ inline Vector<ComputeType<Scalar>> load_widened(const Scalar* source) {
   return load(lanes);
 }
 template <typename Scalar>
+inline Vector<ComputeType<Scalar>> load_widened(const Scalar* source, int64_t count) {
+  using T = ComputeType<Scalar>;
+  if constexpr (std::is_same_v<Scalar, T>) return load_some(source, count);
+  T lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = widen(source[i]);
+  return load(lanes);
+}
+template <typename Scalar>
 inline void store_narrowed(Scalar* target, Vector<ComputeType<Scalar>> value) {
   using T = ComputeType<Scalar>;
   if constexpr (std::is_same_v<Scalar, T>) {
@@ -81,6 +89,18 @@ inline void store_narrowed(Scalar* target, Vector<ComputeType<Scalar>> value) {
     T lanes[kLanes<T>];
     store<T>(lanes, value);
     for (int64_t i = 0; i < kLanes<T>; ++i) target[i] = narrow<Scalar>(lanes[i]);
+  }
+}
+
+template <typename Scalar>
+inline void store_narrowed(Scalar* target, Vector<ComputeType<Scalar>> value, int64_t count) {
+  using T = ComputeType<Scalar>;
+  if constexpr (std::is_same_v<Scalar, T>) {
+    store_some<T>(target, value, count);
+  } else {
+    T lanes[kLanes<T>];
+    store<T>(lanes, value);
+    for (int64_t i = 0; i < count; ++i) target[i] = narrow<Scalar>(lanes[i]);
   }
 }
 

@@ -79,6 +79,32 @@ inline Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
 
+// The first `count` lanes, fewer than all; nothing behind them is touched.
+template <typename T>
+inline Vector<T> load_some(const T* source, int64_t count) {
+#if defined(__AVX512F__)
+  const auto mask = static_cast<uint16_t>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(mask, source);
+  if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), source);
+#else
+  T lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = source[i];
+  return load(lanes);
+#endif
+}
+template <typename T>
+inline void store_some(T* target, Vector<T> value, int64_t count) {
+#if defined(__AVX512F__)
+  const auto mask = static_cast<uint16_t>((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(target, mask, value);
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(target, static_cast<__mmask8>(mask), value);
+#else
+  T lanes[kLanes<T>];
+  store<T>(lanes, value);
+  for (int64_t i = 0; i < count; ++i) target[i] = lanes[i];
+#endif
+}
+
 // Fetches a line of the second level cache. The empty statement keeps GCC from finding that a function which only does
 // this has no effect, and leaving out its calls.
 inline void prefetch(const void* address) {
