@@ -144,6 +144,8 @@ class SemanticPool {
     call_.channels = integers.next();
     call_.height = integers.next();
     call_.width = integers.next();
+    call_.tile_height = integers.next();
+    call_.tile_width = integers.next();
     call_.latents = integers.next_tokens();
     call_.pixels = integers.next_tokens();
     call_.x = integers.next_feature_map();
@@ -209,6 +211,8 @@ class SemanticModulate {
     call_.channels = integers.next();
     call_.height = integers.next();
     call_.width = integers.next();
+    call_.tile_height = integers.next();
+    call_.tile_width = integers.next();
     call_.latents = integers.next_tokens();
     call_.pixels = integers.next_tokens();
     call_.x = integers.next_feature_map();

@@ -66,6 +66,7 @@ struct sca_feature_map {
 // contiguous and float, or double where x is; (...) stands for (batch, heads, latents).
 struct sca_semantic_pool {
   int64_t batch, heads, channels, height, width;
+  int64_t tile_height, tile_width;  // of the tiles by which the pixels of a label are sorted
   sca_tokens latents, pixels;
   sca_feature_map x;
   const void *queries, *row_bias, *col_bias;  // (..., channels), (..., height) or null, (..., width) or null
@@ -98,6 +99,7 @@ struct sca_noise {
 // (batch, heads, latents).
 struct sca_semantic_modulate {
   int64_t batch, heads, channels, height, width;
+  int64_t tile_height, tile_width;  // of the tiles by which the pixels of a label are sorted
   sca_tokens latents, pixels;
   sca_feature_map x, out;
   const void *keys, *scale, *shift;            // (..., channels)

@@ -282,6 +282,7 @@ EDGES = {
     "a channel": (1, 1, 50, 50),
     "many images": (40, 2, 3, 3),
     "many channels": (1, 700, 2, 3),
+    "channels of few pixels": (2, 150, 8, 8),
     "many pixels": (1, 2, 300, 301),
 }
 
@@ -315,8 +316,9 @@ def test_results_of_nothing_have_the_right_shapes(native, edge):
                 assert not results[f"grad_{name}"].any()
 
 
-# Of few groups, whose chunks are shared out, and of many, which are worked on one by one; each of several tiles.
-THREADED = {"few": (1, 3, 140, 250), "many": (2, 70, 12, 13), "one chunk": (2, 24, 30, 40)}
+# Of few channels, whose chunks are shared out, of many, which are worked on one by one, and of many small ones, which
+# are worked on in groups.
+THREADED = {"few": (1, 3, 140, 250), "many": (3, 4, 182, 182), "small": (2, 70, 12, 13), "one chunk": (2, 24, 30, 40)}
 
 
 @case

@@ -73,9 +73,9 @@ FeatureMap<Scalar> image_of(const sca_feature_map& map, int64_t image, int64_t c
 template <typename Scalar>
 class Upcoming {
  public:
-  // `second` is a map like `first`, or one without data.
-  Upcoming(const Runs& runs, const FeatureMap<Scalar>& first, const FeatureMap<Scalar>& second)
-      : first_(first), second_(second) {
+  // `second` is a map like `first`, or one without data; `now` the block at hand.
+  Upcoming(const Runs& runs, const Runs& now, const FeatureMap<Scalar>& first, const FeatureMap<Scalar>& second)
+      : first_(first), second_(second), vectors_(padded<T>(now.pixels) / kLanes<T>) {
     if (first.adjacent_channels()) {
       for (const Run& run : runs) {
         for (int64_t i = 0; i < run.size; ++i) offsets_[count_++] = first.at(run.row, run.column + i) - first.data;
@@ -88,19 +88,28 @@ class Upcoming {
     }
   }
 
-  // Fetches a part of a row of the block, kept as the map lies in memory: about what is `line` lines behind its start.
+  // Fetches a part of a row of the block, kept as the map lies in memory: all of a row of channels if it is called for
+  // each vector of that row at hand, of a row of pixels about the line that `vector` stands for.
   template <bool kPixelRows>
-  void fetch(int64_t row, int64_t line) const {
-    if ((kPixelRows ? row : line) >= count_) return;
-    const int64_t offset = kPixelRows ? offsets_[row] + line * kLine : row * first_.channel_stride + offsets_[line];
+  void fetch(int64_t row, int64_t vector) const {
+    if constexpr (kPixelRows) {
+      if (row < count_) fetch(offsets_[row] + vector * kLine);
+    } else {
+      for (int64_t line = vector; line < count_; line += vectors_) fetch(row * first_.channel_stride + offsets_[line]);
+    }
+  }
+
+ private:
+  using T = ComputeType<Scalar>;
+  static constexpr int64_t kLine = 64 / int64_t{sizeof(Scalar)};
+
+  void fetch(int64_t offset) const {
     prefetch(first_.data + offset);
     if (second_.data) prefetch(second_.data + offset);
   }
 
- private:
-  static constexpr int64_t kLine = 64 / int64_t{sizeof(Scalar)};
-
   const FeatureMap<Scalar> first_, second_;
+  const int64_t vectors_;
   int64_t count_ = 0;
   int64_t offsets_[kMostPixels];
 };

@@ -1,8 +1,9 @@
 // What the kernels of folded attention share: pixels of a feature map on one side, rows of latents on the other.
 //
-// The pixels of an image, in label order, are cut into chunks of fixed size; a chunk is walked label by label in blocks
-// of pixels, and keeps for each latent it meets a partial row. Partial rows are merged in the order of the chunks, so
-// the bits do not depend on the number of threads.
+// The tiles of an image are cut into chunks. A chunk is walked label by label in blocks of pixels, so that every loop
+// sees one label, and what two labels share of a line of the cache is still there for the second. It keeps for each
+// latent it meets a partial row. Partial rows are merged in the order of the chunks, so the bits do not depend on the
+// number of threads.
 #pragma once
 
 #include "features.h"
@@ -16,19 +17,18 @@ class FoldedAttention {
   using T = ComputeType<Scalar>;
 
  protected:
-  static constexpr int64_t kMostChunks = 32;
+  static constexpr int64_t kMostChunks = 16;
 
   // `blocks`: how many blocks of pixels a thread holds at once.
   FoldedAttention(const Call& call, int64_t blocks)
       : call_(call),
         arena_(call.workspace),
         channel_width_(padded<T>(call.channels)),
-        block_(block_pixels<T>(call.channels, blocks)) {
-    const int64_t pixels = call.pixels.count;
-    chunk_size_ = larger(block_, (pixels / kMostChunks + block_ - 1) / block_ * block_);
-    chunks_ = (pixels + chunk_size_ - 1) / chunk_size_;
-    partials_per_head_ = chunks_ * call.latents.max_per_label + call.latents.count;
-  }
+        block_(block_pixels<T>(call.channels, blocks)),
+        tiles_across_((call.width + call.tile_width - 1) / call.tile_width),
+        tiles_(tiles_across_ * ((call.height + call.tile_height - 1) / call.tile_height)),
+        chunks_(smaller(tiles_, kMostChunks)),
+        occurs_(arena_.template take<int8_t>(call.batch * chunks_ * (call.latents.labels + 1))) {}
 
   // Runs visit(image, chunk, scratch) for every chunk of every image; each thread has a Scratch(arena, kernel).
   template <typename Scratch, typename Kernel, typename Visit>
@@ -59,24 +59,46 @@ class FoldedAttention {
     const ImageTokens latents(call_.latents, image);
     return label < latents.labels() ? latents.with_label(label) : latents.without_label();
   }
-  Range chunk(int64_t index) const {
-    return {index * chunk_size_, smaller((index + 1) * chunk_size_, call_.pixels.count)};
-  }
-  Range chunks_of(Range positions) const {
-    if (positions.size() <= 0) return {0, 0};
-    return {positions.begin / chunk_size_, (positions.end + chunk_size_ - 1) / chunk_size_};
-  }
-  // Calls visit(runs, following) for each block of the pixels at some positions of a chunk; `following` is where the
-  // block after it begins.
+  // Calls visit(label, positions, positions of the next label) for each label in a chunk, unlabelled pixels last as
+  // label labels, and notes which occur.
   template <typename Visit>
-  void each_block(const ImageTokens& pixels, Range positions, Range chunk_positions, const Visit& visit) const {
-    const auto runs_at = [&](int64_t p, int64_t end) {
-      return Runs(pixels.at(p), smaller(block_, end - p), call_.width);
+  void each_label_of_chunk(int64_t image, int64_t chunk, const Visit& visit) const {
+    const ImageTokens pixels(call_.pixels, image);
+    int8_t* occurs = occurs_ + (image * chunks_ + chunk) * (pixels.labels() + 1);
+    int64_t label = 0;
+    const auto find_next = [&](int64_t from) {
+      for (label = from; label <= pixels.labels(); ++label) {
+        const Range range = positions_in_chunk(pixels, label, chunk);
+        occurs[label] = range.size() > 0;
+        if (range.size() > 0) return range;
+      }
+      return Range{0, 0};
     };
-    Runs runs = runs_at(positions.begin, positions.end);
+    Range range = find_next(0);
+    while (range.size() > 0) {
+      const int64_t current = label;
+      const Range next = find_next(current + 1);
+      visit(current, range, next);
+      range = next;
+    }
+  }
+  // Calls visit(chunk) for the chunks in which a label occurs, in their order.
+  template <typename Visit>
+  void each_chunk_of_label(int64_t image, int64_t label, const Visit& visit) const {
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      if (occurs_[(image * chunks_ + chunk) * (call_.latents.labels + 1) + label]) visit(chunk);
+    }
+  }
+
+  // Calls visit(runs, following) for each block of the pixels at some positions; `following` is the block after it.
+  template <typename Visit>
+  void each_block(const ImageTokens& pixels, Range positions, Range next, const Visit& visit) const {
+    const auto runs_at = [&](Range range) {
+      return Runs(pixels.at(range.begin), smaller(block_, range.size()), call_.width);
+    };
+    Runs runs = runs_at(positions);
     for (int64_t p = positions.begin; p < positions.end; p += block_) {
-      const bool last = p + block_ >= positions.end;
-      const Runs following = runs_at(smaller(p + block_, positions.end), last ? chunk_positions.end : positions.end);
+      const Runs following = runs_at(p + block_ < positions.end ? Range{p + block_, positions.end} : next);
       visit(runs, following);
       runs = following;
     }
@@ -91,11 +113,11 @@ class FoldedAttention {
   int64_t row(int64_t image, int64_t head, int64_t latent) const {
     return (image * call_.heads + head) * call_.latents.count + latent;
   }
-  // Where a chunk keeps a latent's partial row; see Partials in semantic_cross_attention.h for why none is shared.
-  int64_t partial(int64_t image, int64_t head, int64_t chunk_index, int64_t latent) const {
-    return (image * call_.heads + head) * partials_per_head_ + chunk_index * call_.latents.max_per_label + latent;
+  // Where a chunk keeps a latent's partial row.
+  int64_t partial(int64_t image, int64_t head, int64_t chunk, int64_t latent) const {
+    return ((image * call_.heads + head) * chunks_ + chunk) * call_.latents.count + latent;
   }
-  int64_t partial_count() const { return call_.batch * call_.heads * partials_per_head_; }
+  int64_t partial_count() const { return call_.batch * call_.heads * chunks_ * call_.latents.count; }
 
   // Most rows of a label: its latents in all heads.
   int64_t most_rows() const { return call_.heads * call_.latents.max_per_label; }
@@ -166,8 +188,34 @@ class FoldedAttention {
 
   const Call& call_;
   Arena arena_;
-  const int64_t channel_width_, block_;
-  int64_t chunk_size_, chunks_, partials_per_head_;
+  const int64_t channel_width_, block_, tiles_across_, tiles_, chunks_;
+
+ private:
+  int64_t tile_of(int64_t pixel) const {
+    const int64_t row = pixel / call_.width, column = pixel - row * call_.width;
+    return row / call_.tile_height * tiles_across_ + column / call_.tile_width;
+  }
+  // Where the pixels of a label, which are sorted by tile, reach a tile.
+  int64_t first_in_tile(const ImageTokens& pixels, Range range, int64_t tile) const {
+    while (range.size() > 0) {
+      const int64_t middle = range.begin + range.size() / 2;
+      if (tile_of(pixels.at(middle)[0]) < tile) {
+        range.begin = middle + 1;
+      } else {
+        range.end = middle;
+      }
+    }
+    return range.begin;
+  }
+  Range positions_in_chunk(const ImageTokens& pixels, int64_t label, int64_t chunk) const {
+    const Range all = label < pixels.labels() ? pixels.with_label(label) : pixels.without_label();
+    if (all.size() <= 0) return {0, 0};
+    const int64_t begin = first_in_tile(pixels, all, tiles_ * chunk / chunks_);
+    return {begin,
+            chunk + 1 < chunks_ ? first_in_tile(pixels, {begin, all.end}, tiles_ * (chunk + 1) / chunks_) : all.end};
+  }
+
+  int8_t* occurs_;  // (batch, chunks, labels + 1), whether a label occurs in a chunk
 };
 
 }  // namespace

@@ -112,12 +112,14 @@ class InstanceModulate {
     for (const sca_feature_map* map : {&call.gamma, &call.beta, &call.out}) {
       across |= map->data && adjacent_channels(*map);
     }
-    const int64_t some = across ? 64 / int64_t{sizeof(Scalar)} : call.noise.seed ? kNoiseChannels : 1;
-    group_ = pixel_rows_ ? call.channels : smaller(some, call.channels);
+    const int64_t together = across ? 64 / int64_t{sizeof(Scalar)} : call.noise.seed ? kNoiseChannels : 1;
+    // Channels of few pixels are worked on together too, so that the way to each costs little.
+    const int64_t few = kGroupSize / larger<int64_t>(pixels_, 1) / kNoiseChannels * kNoiseChannels;
+    group_ = pixel_rows_ ? call.channels : smaller(larger(together, smaller(few, kMostChannels)), call.channels);
     groups_ = group_ > 0 ? (call.channels + group_ - 1) / group_ : 0;
     pitch_ = pixel_rows_ ? padded<T>(group_) : group_;
     tile_ = pixel_rows_ ? larger(smaller(kTileSize / larger<int64_t>(pitch_, 1), kMostPixels), kFewestPixels)
-                        : kRowSize / (across ? some : 1);
+                        : smaller(kRowSize / (across ? together : 1), larger(padded<T>(pixels_), kPadding<T>));
     const int64_t most_chunks = 64, fewest_pixels = kChunkSize / larger<int64_t>(pixel_rows_ ? pitch_ : 1, 1);
     const int64_t wanted = larger((pixels_ + most_chunks - 1) / most_chunks, fewest_pixels);
     chunk_ = (wanted + tile_ - 1) / tile_ * tile_;
@@ -128,9 +130,12 @@ class InstanceModulate {
                        &channels_.common, &channels_.proportional}) {
       *values = arena_.take<T>(call.batch * channel_pitch_);
     }
+    Arena counter(nullptr);
+    Scratch(counter, scratch_elements());
+    scratch_size_ = counter.used();
   }
 
-  int64_t workspace_size() const { return arena_.used() + scratch_size() * call_.threads; }
+  int64_t workspace_size() const { return arena_.used() + scratch_size_ * call_.threads; }
 
  protected:
   static constexpr int64_t kSums = 4;  // as many as a chunk keeps for each channel
@@ -152,13 +157,8 @@ class InstanceModulate {
           grad_beta(arena.take<T>(size)) {}
   };
 
-  int64_t scratch_size() const {
-    Arena counter(nullptr);
-    Scratch(counter, scratch_elements());
-    return counter.used();
-  }
   Scratch scratch(int thread) const {
-    Arena arena(static_cast<char*>(call_.workspace) + arena_.used() + thread * scratch_size());
+    Arena arena(static_cast<char*>(call_.workspace) + arena_.used() + thread * scratch_size_);
     return Scratch(arena, scratch_elements());
   }
 
@@ -292,6 +292,7 @@ class InstanceModulate {
   static constexpr int64_t kNoiseChannels = 4;  // channels that share a counter
   static constexpr int64_t kNoiseSlack = kNoiseChannels * kLanes<T> + kPadding<T>;
   static constexpr int64_t kRowSize = 1024, kTileSize = 16384;  // numbers in a row of pixels, in a tile of pixel rows
+  static constexpr int64_t kGroupSize = 4096, kMostChannels = 64;  // numbers and channels of a group of small maps
   static constexpr int64_t kFewestPixels = 32, kMostPixels = 256;
   static constexpr int64_t kChunkSize = 32768;
   static constexpr int64_t kStreamedBytes = 16 << 20;
@@ -377,7 +378,7 @@ class InstanceModulate {
 
   int64_t group_, groups_;  // channels worked on together, and how many such groups an image has
   int64_t tile_, chunk_;    // pixels of each
-  int64_t channel_pitch_;
+  int64_t channel_pitch_, scratch_size_;
   double* sums_;
   Channels<T> channels_;
 };

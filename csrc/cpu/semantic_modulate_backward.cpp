@@ -94,12 +94,12 @@ class Backward : public SemanticModulate<Scalar> {
     const bool wants_x = gradients_.grad_x.data != nullptr;
     Base::load_channels(image, scratch);
     for (int64_t i = 0; i < kChunkSums * Base::channel_width_; ++i) chunk_sum(image, chunk, 0)[i] = 0;
-    pixels.for_each_label(Base::chunk(chunk), [&](int64_t label, Range range) {
+    Base::each_label_of_chunk(image, chunk, [&](int64_t label, Range range, Range next) {
       const Range latents = latent_tokens.with_label(label);
       Base::load_label(image, latents, scratch);
       clear_partials(image, chunk, latents, scratch);
-      Base::each_block(pixels, range, Base::chunk(chunk), [&](const Runs& runs, const Runs& following) {
-        const Upcoming<Scalar> upcoming(following, x, like_x ? grad_out : FeatureMap<Scalar>{});
+      Base::each_block(pixels, range, next, [&](const Runs& runs, const Runs& following) {
+        const Upcoming<Scalar> upcoming(following, runs, x, like_x ? grad_out : FeatureMap<Scalar>{});
         scratch.x.gather(x, runs);
         const bool pixel_rows = scratch.x.pixel_rows();
         scratch.beta_gradient.gather_copy(grad_out, runs, pixel_rows);
@@ -211,17 +211,22 @@ class Backward : public SemanticModulate<Scalar> {
   // The gradients of the rows of a label's latents from the partial rows of the chunks, in their order.
   void merge_label(int64_t image, int64_t head, int64_t label) const {
     const Range latents = Base::latents_of(image, label);
-    const Range chunks = Base::chunks_of(ImageTokens(call_.pixels, image).with_label(label));
+    const bool absent = ImageTokens(call_.pixels, image).with_label(label).size() == 0;
+    const auto each_partial = [&](int64_t latent, const auto& visit) {
+      if (absent) return;
+      Base::each_chunk_of_label(image, label, [&](int64_t chunk) {
+        visit(partials_ + Base::partial(image, head, chunk, latent) * partial_width_);
+      });
+    };
     for (int64_t latent = latents.begin; latent < latents.end; ++latent) {
       const int64_t row = Base::row(image, head, latent);
       const auto merge = [&](void* gradient, int64_t size, int64_t begin) {
         if (!gradient) return;
         T* target = static_cast<T*>(gradient) + row * size;
         for (int64_t i = 0; i < size; ++i) target[i] = 0;
-        for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-          const T* source = partials_ + Base::partial(image, head, chunk, latent) * partial_width_ + begin;
-          for (int64_t i = 0; i < size; ++i) target[i] += source[i];
-        }
+        each_partial(latent, [&](const T* partial) {
+          for (int64_t i = 0; i < size; ++i) target[i] += partial[begin + i];
+        });
       };
       merge(gradients_.grad_keys, call_.channels, 0);
       merge(grad_scale_, call_.channels, scale_begin_);
@@ -230,10 +235,9 @@ class Backward : public SemanticModulate<Scalar> {
       merge(gradients_.grad_col_bias, call_.width, column_begin_);
       if (!gradients_.grad_key_bias) continue;
       T total = 0;
-      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-        const T* source = partials_ + Base::partial(image, head, chunk, latent) * partial_width_ + row_begin_;
-        for (int64_t i = 0; i < call_.height; ++i) total += source[i];
-      }
+      each_partial(latent, [&](const T* partial) {
+        for (int64_t i = 0; i < call_.height; ++i) total += partial[row_begin_ + i];
+      });
       static_cast<T*>(gradients_.grad_key_bias)[row] = total;
     }
   }

@@ -43,11 +43,11 @@ class Forward : public SemanticModulate<Scalar> {
     const FeatureMap<Scalar> out = image_of<Scalar>(call_.out, image, call_.channels);
     const bool streamed = Base::streamed();
     Base::load_channels(image, scratch);
-    pixels.for_each_label(Base::chunk(chunk), [&](int64_t label, Range range) {
+    Base::each_label_of_chunk(image, chunk, [&](int64_t label, Range range, Range next) {
       const Range latents = latent_tokens.with_label(label);
       Base::load_label(image, latents, scratch);
-      Base::each_block(pixels, range, Base::chunk(chunk), [&](const Runs& runs, const Runs& following) {
-        const Upcoming<Scalar> upcoming(following, x, {});
+      Base::each_block(pixels, range, next, [&](const Runs& runs, const Runs& following) {
+        const Upcoming<Scalar> upcoming(following, runs, x, {});
         scratch.x.gather(x, runs);
         // A copy of the pixels turns into the result where it lies.
         FeatureBlock<Scalar>& result = scratch.x.is_copy() ? scratch.x : scratch.result;

@@ -24,6 +24,7 @@ class SemanticPool : public FoldedAttention<Scalar, sca_semantic_pool> {
     max_ = arena_.template take<T>(rows);
     sum_ = arena_.template take<T>(rows);
     mean_ = arena_.template take<double>(moments);
+    seen_ = arena_.template take<double>(call.batch * Base::chunks_);
     squares_ = arena_.template take<double>(moments);
     offset_ = arena_.template take<T>(call.batch * Base::channel_width_);
     factor_ = arena_.template take<T>(call.batch * Base::channel_width_);
@@ -75,7 +76,7 @@ class SemanticPool : public FoldedAttention<Scalar, sca_semantic_pool> {
 
   const int64_t row_begin_, column_begin_, partial_width_;
   T *partials_, *max_, *sum_;
-  double *mean_, *squares_;
+  double *mean_, *squares_, *seen_;  // of the chunks; the last is their pixels
   // (batch, padded channels), backward: moments and absent labels add offset + factor (x - centre) to the gradient of
   // x.
   T *offset_, *factor_, *centre_;

@@ -76,13 +76,13 @@ class Backward : public SemanticPool<Scalar> {
     const T* offset = Base::offset_ + image * Base::channel_width_;
     const T* factor = Base::factor_ + image * Base::channel_width_;
     const T* centre = Base::centre_ + image * Base::channel_width_;
-    pixels.for_each_label(Base::chunk(chunk), [&](int64_t label, Range range) {
+    Base::each_label_of_chunk(image, chunk, [&](int64_t label, Range range, Range next) {
       const Range latents = latent_tokens.with_label(label);
       const int64_t count = latents.size() * call_.heads;
       Base::load_rows(call_.queries, image, latents, scratch.queries);
       Base::load_rows(gradients_.grad_pooled, image, latents, scratch.gradients);
       Base::clear_partials(image, chunk, latents, scratch.sums);
-      Base::each_block(pixels, range, Base::chunk(chunk), [&](const Runs& runs, const Runs& following) {
+      Base::each_block(pixels, range, next, [&](const Runs& runs, const Runs& following) {
         scratch.x.gather(x, runs);
         Base::make_logits(scratch, runs, image, latents);
         scratch.x.multiply(scratch.gradients, count, scratch.logit_gradients);
@@ -93,7 +93,7 @@ class Backward : public SemanticPool<Scalar> {
           differentiate_softmax(scratch.weights.rows[j], scratch.logit_gradients.rows[j], runs.pixels,
                                 static_cast<const T*>(call_.lse)[row], Base::delta_[row]);
         });
-        const Upcoming<Scalar> upcoming(following, x, {});
+        const Upcoming<Scalar> upcoming(following, runs, x, {});
         scratch.x.pool(scratch.logit_gradients, count, scratch.sums,
                        [&](int64_t row, int64_t i) { upcoming.template fetch<false>(row, i / kLanes<T>); });
         Base::sum_by_position(runs, scratch.logit_gradients, count, scratch.sums, Base::row_begin_,
@@ -122,16 +122,16 @@ class Backward : public SemanticPool<Scalar> {
   void merge_label(int64_t image, int64_t head, int64_t label) const {
     const Range latents = Base::latents_of(image, label);
     const Range pixels = ImageTokens(call_.pixels, image).with_label(label);
-    const Range chunks = pixels.size() > 0 ? Base::chunks_of(pixels) : Range{0, 0};
     const auto merge = [&](void* gradient, int64_t latent, int64_t size, int64_t begin) {
       if (!gradient) return;
       T* target = static_cast<T*>(gradient) + Base::row(image, head, latent) * size;
       for (int64_t i = 0; i < size; ++i) target[i] = 0;
-      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      if (pixels.size() == 0) return;
+      Base::each_chunk_of_label(image, label, [&](int64_t chunk) {
         const int64_t index = Base::partial(image, head, chunk, latent);
         const T* source = Base::partials_ + index * Base::partial_width_ + begin;
         for (int64_t i = 0; i < size; ++i) target[i] += source[i];
-      }
+      });
     };
     for (int64_t latent = latents.begin; latent < latents.end; ++latent) {
       merge(gradients_.grad_queries, latent, call_.channels, 0);

@@ -29,12 +29,12 @@ class Forward : public SemanticPool<Scalar> {
     double *mean = Base::mean_ + moments, *squares = Base::squares_ + moments;
     for (int64_t c = 0; c < call_.channels; ++c) mean[c] = squares[c] = 0;
     int64_t seen = 0;
-    pixels.for_each_label(Base::chunk(chunk), [&](int64_t label, Range range) {
+    Base::each_label_of_chunk(image, chunk, [&](int64_t label, Range range, Range next) {
       const Range latents = latent_tokens.with_label(label);
       const int64_t count = latents.size() * call_.heads;
       Base::load_rows(call_.queries, image, latents, scratch.queries);
       Base::clear_partials(image, chunk, latents, scratch.sums);
-      Base::each_block(pixels, range, Base::chunk(chunk), [&](const Runs& runs, const Runs& following) {
+      Base::each_block(pixels, range, next, [&](const Runs& runs, const Runs& following) {
         scratch.x.gather(x, runs);
         scratch.x.add_to_moments(seen, mean, squares, scratch.differences);
         seen += runs.pixels;
@@ -48,12 +48,13 @@ class Forward : public SemanticPool<Scalar> {
             for (int64_t i = 0; i < Base::partial_width_; ++i) scratch.sums[j][i] *= correction;
           }
         });
-        const Upcoming<Scalar> upcoming(following, x, {});
+        const Upcoming<Scalar> upcoming(following, runs, x, {});
         scratch.x.pool(scratch.weights, count, scratch.sums,
                        [&](int64_t row, int64_t i) { upcoming.template fetch<false>(row, i / kLanes<T>); });
         Base::sum_by_position(runs, scratch.weights, count, scratch.sums, Base::row_begin_, Base::column_begin_);
       });
     });
+    Base::seen_[image * Base::chunks_ + chunk] = static_cast<double>(seen);
   }
 
   void merge_chunks(int64_t image) const {
@@ -61,7 +62,7 @@ class Forward : public SemanticPool<Scalar> {
       double mean = 0, squares = 0, seen = 0;
       for (int64_t chunk = 0; chunk < Base::chunks_; ++chunk) {
         const int64_t index = (image * Base::chunks_ + chunk) * call_.channels + c;
-        const double count = static_cast<double>(Base::chunk(chunk).size());
+        const double count = Base::seen_[image * Base::chunks_ + chunk];
         merge_moments(seen, mean, squares, count, Base::mean_[index], Base::squares_[index]);
         seen += count;
       }
@@ -97,24 +98,23 @@ class Forward : public SemanticPool<Scalar> {
         }
         continue;
       }
-      const Range chunks = Base::chunks_of(pixels);
       T max = -std::numeric_limits<T>::infinity(), sum = 0;
-      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      Base::each_chunk_of_label(image, label, [&](int64_t chunk) {
         max = larger(max, Base::max_[Base::partial(image, head, chunk, latent)]);
-      }
-      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      });
+      Base::each_chunk_of_label(image, label, [&](int64_t chunk) {
         const int64_t index = Base::partial(image, head, chunk, latent);
         sum += std::exp(Base::max_[index] - max) * Base::sum_[index];
-      }
-      lse = max + std::log(sum);
+      });
+      lse = max == -std::numeric_limits<T>::infinity() ? max : max + std::log(sum);
       for (const Part& part : parts) {
         for (int64_t i = 0; i < part.size; ++i) part.target[i] = 0;
-        for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+        Base::each_chunk_of_label(image, label, [&](int64_t chunk) {
           const int64_t index = Base::partial(image, head, chunk, latent);
           const T* source = Base::partials_ + index * Base::partial_width_ + part.begin;
           const T weight = std::exp(Base::max_[index] - max) / sum;
           for (int64_t i = 0; i < part.size; ++i) part.target[i] += weight * source[i];
-        }
+        });
       }
     }
   }

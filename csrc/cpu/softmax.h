@@ -17,9 +17,11 @@ T add_to_softmax(T* logits, int64_t count, int64_t width, T scale, T& max, T& su
   Vector<T> largest = broadcast<T>(max);
   for (int64_t i = 0; i < width; i += kLanes<T>) largest = maximum<T>(load(logits + i), largest);
   const T new_max = max_lanes<T>(largest);
+  // Where all logits are -inf so far, their weights are zero, not exp(-inf + inf).
+  const T shift = new_max == -std::numeric_limits<T>::infinity() ? T(0) : new_max;
   Vector<T> total = {};
   for (int64_t i = 0; i < width; i += kLanes<T>) {
-    const Vector<T> weights = exp<T>(load(logits + i) - new_max);
+    const Vector<T> weights = exp<T>(load(logits + i) - shift);
     store<T>(logits + i, weights);
     total += weights;
   }

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..labels import tile_size
 from ..outputs import empty_pool_outputs
 from . import capability, native, prepare_result, scalar_type, thread_count
 from .arguments import ABSENT, address, contiguous, latent_tokens, pixel_tokens, strided
@@ -105,6 +106,7 @@ def _call(
             scalar_type(x.dtype),
             empty == "uniform",
             *(batch, heads, channels, height, width),
+            *tile_size(height, width),
             *latent_tokens(latents, cu_latents, max_latents),
             *pixel_tokens(pixels, offsets, order),
             *strided(x),
