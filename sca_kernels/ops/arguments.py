@@ -164,7 +164,7 @@ def _check_kind(name: str, table: Tensor, dtype: torch.dtype, device: torch.devi
 
 
 def _broadcast(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tensor.shape == shape:
+    if tensor.dim() == len(shape) and tensor.shape == shape:
         return tensor
     try:
         return tensor.expand(shape)
