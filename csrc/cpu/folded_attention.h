@@ -104,9 +104,10 @@ class FoldedAttention {
     }
   }
 
-  // Whether a map of the size of x is written past the caches.
+  // Whether a map of the size of x is written past the caches: from half the usual size on, since these kernels read
+  // and write a map in pieces that come from all over it.
   bool streamed() const {
-    return call_.batch * call_.pixels.count * call_.channels * int64_t{sizeof(Scalar)} >= kStreamedBytes;
+    return call_.batch * call_.pixels.count * call_.channels * int64_t{sizeof(Scalar)} >= kStreamedBytes / 2;
   }
 
   // Number of a latent among those of all images and heads.

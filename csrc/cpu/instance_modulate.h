@@ -295,7 +295,6 @@ class InstanceModulate {
   static constexpr int64_t kGroupSize = 4096, kMostChannels = 64;  // numbers and channels of a group of small maps
   static constexpr int64_t kFewestPixels = 32, kMostPixels = 256;
   static constexpr int64_t kChunkSize = 32768;
-  static constexpr int64_t kStreamedBytes = 16 << 20;
 
   static bool adjacent_channels(const sca_feature_map& map) {
     return map.channel_stride == 1 && map.column_stride != 1;

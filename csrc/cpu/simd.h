@@ -127,7 +127,7 @@ inline void stream(T* target, Vector<T> value) {
 }
 
 // From this size on a result is written past the caches: it would push out what is still to be read.
-constexpr int64_t kStreamedBytes = 8 << 20;
+constexpr int64_t kStreamedBytes = 16 << 20;
 
 // Makes streamed stores visible to the threads that the caller synchronises with.
 inline void stream_fence() {
