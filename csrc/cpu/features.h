@@ -29,19 +29,38 @@ struct Run {
   int64_t row, column;  // of the first pixel in the image
 };
 
+// The pixels of a block. First come `lines`: whole vectors of `line` adjacent pixels, from a multiple of it in the
+// image. They need no masks, and results for them can be stored from registers to where they belong. Then what is left.
 struct Runs {
-  int64_t pixels = 0, count = 0;
+  int64_t pixels = 0, count = 0, lines = 0;
   Run list[kMostPixels];
 
   Runs() = default;
-  Runs(const Positions& tokens, int64_t size, int64_t image_width) : pixels(size) {
+  Runs(const Positions& tokens, int64_t size, int64_t image_width, int64_t line) : pixels(size) {
+    Run rest[kMostPixels];
+    int64_t rest_count = 0;
+    const auto leave = [&](int64_t row, int64_t column, int64_t end) {
+      if (column < end) rest[rest_count++] = {0, end - column, row, column};
+    };
     for (int64_t p = 0; p < size;) {
       const int64_t token = tokens[p], row = token / image_width, column = token - row * image_width;
       const int64_t most = smaller(size - p, image_width - column);
       int64_t length = 1;
       while (length < most && tokens[p + length] == token + length) ++length;
-      list[count++] = {p, length, row, column};
+      const int64_t end = column + length, first_line = column + (token + line - 1) / line * line - token;
+      int64_t next = column;
+      for (int64_t c = first_line; c + line <= end; c += line) {
+        leave(row, next, c);
+        list[lines] = {lines * line, line, row, c};
+        ++lines;
+        next = c + line;
+      }
+      leave(row, next, end);
       p += length;
+    }
+    count = lines;
+    for (int64_t begin = lines * line, r = 0; r < rest_count; begin += rest[r++].size) {
+      list[count++] = {begin, rest[r].size, rest[r].row, rest[r].column};
     }
   }
   const Run* begin() const { return list; }
@@ -67,6 +86,41 @@ FeatureMap<Scalar> image_of(const sca_feature_map& map, int64_t image, int64_t c
   return {static_cast<Scalar*>(map.data) + image * map.batch_stride, channels, map.channel_stride, map.row_stride,
           map.column_stride};
 }
+
+// The lines of a block where they lie in a map.
+template <typename Scalar>
+class Lines {
+ public:
+  using T = ComputeType<Scalar>;
+
+  // With `streamed`, what is stored goes past the caches where the map's memory allows it.
+  Lines(const FeatureMap<Scalar>& map, const Runs& runs, bool streamed = false)
+      : map_(map),
+        count_(map.column_stride == 1 && !map.adjacent_channels() ? runs.lines : 0),
+        streamed_(streamed && std::is_same_v<Scalar, T> && reinterpret_cast<uintptr_t>(map.data) % kVectorBytes == 0 &&
+                  map.channel_stride % kLanes<T> == 0) {
+    for (int64_t l = 0; l < count_; ++l) {
+      offsets_[l] = map.at(runs.list[l].row, runs.list[l].column) - map.data;
+      streamed_ &= offsets_[l] % kLanes<T> == 0;
+    }
+  }
+
+  int64_t count() const { return count_; }
+  Scalar* at(int64_t channel, int64_t line) const { return map_.data + channel * map_.channel_stride + offsets_[line]; }
+  Vector<T> load(int64_t channel, int64_t line) const { return load_widened(at(channel, line)); }
+  void store(int64_t channel, int64_t line, Vector<T> value) const {
+    if constexpr (std::is_same_v<Scalar, T>) {
+      if (streamed_) return stream<T>(at(channel, line), value);
+    }
+    store_narrowed(at(channel, line), value);
+  }
+
+ private:
+  const FeatureMap<Scalar> map_;
+  const int64_t count_;
+  bool streamed_;
+  int64_t offsets_[kMostPixels / kLanes<T>];
+};
 
 // The pixels of the block after the one at hand. Blocks come from all over a map, which defeats the hardware's
 // prefetching; so while one is computed the next is fetched, a few lines of the cache at a time.
@@ -205,19 +259,27 @@ class FeatureBlock {
       });
       return;
     }
-    const int64_t stride = map.column_stride;
-    each_run(map, runs, [&](Scalar* target, const T* row, int64_t size) {
-      if constexpr (std::is_same_v<Scalar, T>) {
-        if (streamed && stride == 1) return stream_run(target, row, size);
+    const Lines<Scalar> lines(map, runs, streamed);
+    for (int64_t c = 0; c < channels_; ++c) {
+      for (int64_t l = 0; l < lines.count(); ++l) lines.store(c, l, load(rows_[c] + l * kLanes<T>));
+    }
+    scatter_rest(map, runs, lines);
+  }
+  // The same of rows of channels whose lines are already in the map.
+  void scatter_rest(const FeatureMap<Scalar>& map, const Runs& runs, const Lines<Scalar>& lines) const {
+    Piece pieces[kMostPixels];
+    const int64_t count = find_pieces(map, runs, lines.count(), pieces);
+    for (int64_t c = 0; c < channels_; ++c) {
+      for (int64_t i = 0; i < count; ++i) {
+        Scalar* to = pieces[i].first + c * map.channel_stride;
+        const T* row = rows_[c] + pieces[i].begin;
+        if (map.column_stride == 1) {
+          store_narrowed(to, load(row), pieces[i].size);
+        } else {
+          for (int64_t p = 0; p < pieces[i].size; ++p) to[p * map.column_stride] = narrow<Scalar>(row[p]);
+        }
       }
-      if (stride == 1) {
-        int64_t i = 0;
-        for (; i + kLanes<T> <= size; i += kLanes<T>) store_narrowed(target + i, load(row + i));
-        if (i < size) store_narrowed(target + i, load(row + i), size - i);
-      } else {
-        for (int64_t i = 0; i < size; ++i) target[i * stride] = narrow<Scalar>(row[i]);
-      }
-    });
+    }
   }
 
   // Makes room for as many values as another block has, kept in the same way.
@@ -299,16 +361,24 @@ class FeatureBlock {
       });
       return;
     }
-    const int64_t stride = map.column_stride;
-    each_run(map, runs, [&](const Scalar* source, T* row, int64_t size) {
-      if (stride == 1) {
-        int64_t i = 0;
-        for (; i + kLanes<T> <= size; i += kLanes<T>) store<T>(row + i, load_widened(source + i));
-        if (i < size) store_some<T>(row + i, load_widened(source + i, size - i), size - i);
-      } else {
-        for (int64_t i = 0; i < size; ++i) row[i] = widen(source[i * stride]);
+    const Lines<Scalar> lines(map, runs);
+    for (int64_t c = 0; c < channels_; ++c) {
+      for (int64_t l = 0; l < lines.count(); ++l) store<T>(rows_[c] + l * kLanes<T>, lines.load(c, l));
+    }
+    Piece pieces[kMostPixels];
+    const int64_t count = find_pieces(map, runs, lines.count(), pieces);
+    for (int64_t i = 0; i < count; ++i) {
+      const Piece piece = pieces[i];
+      for (int64_t c = 0; c < channels_; ++c) {
+        const Scalar* from = piece.first + c * map.channel_stride;
+        T* row = rows_[c] + piece.begin;
+        if (map.column_stride == 1) {
+          store_some<T>(row, load_widened(from, piece.size), piece.size);
+        } else {
+          for (int64_t p = 0; p < piece.size; ++p) row[p] = widen(from[p * map.column_stride]);
+        }
       }
-    });
+    }
     for (int64_t c = 0; c < channels_; ++c) {
       for (int64_t p = pixels_; p < width_; ++p) rows_[c][p] = 0;
     }
@@ -321,14 +391,6 @@ class FeatureBlock {
     pixels_ = pixels;
     width_ = padded<T>(pixels);
     for (int64_t i = 0; i < row_count(); ++i) rows_[i] = memory_ + i * (pixel_rows_ ? channel_pitch_ : pixel_pitch_);
-  }
-
-  static void stream_run(T* target, const T* row, int64_t size) {
-    const auto behind = static_cast<int64_t>(reinterpret_cast<uintptr_t>(target) % kVectorBytes / sizeof(T));
-    int64_t i = smaller(behind == 0 ? 0 : kLanes<T> - behind, size);
-    if (i > 0) store_some<T>(target, load(row), i);
-    for (; i + kLanes<T> <= size; i += kLanes<T>) stream<T>(target + i, load(row + i));
-    if (i < size) store_some<T>(target + i, load(row + i), size - i);
   }
 
   // Calls assign(i, stride) for each i, in a loop that can be vectorised where the stride is 1.
@@ -348,15 +410,21 @@ class FeatureBlock {
       for (int64_t i = 0; i < run.size; ++i) visit(map.at(run.row, run.column + i), rows_[run.begin + i]);
     }
   }
-  template <typename Visit>
-  void each_run(const FeatureMap<Scalar>& map, const Runs& runs, const Visit& visit) const {
-    Scalar* begins[kMostPixels];
-    for (int64_t r = 0; r < runs.count; ++r) begins[r] = map.at(runs.list[r].row, runs.list[r].column);
-    for (int64_t c = 0; c < channels_; ++c) {
-      for (int64_t r = 0; r < runs.count; ++r) {
-        visit(begins[r] + c * map.channel_stride, rows_[c] + runs.list[r].begin, runs.list[r].size);
+  // At most a vector of adjacent pixels: where the first lies in the map, their place in the block, how many.
+  struct Piece {
+    Scalar* first;
+    int64_t begin, size;
+  };
+  // Of all runs but the first few; returns how many.
+  static int64_t find_pieces(const FeatureMap<Scalar>& map, const Runs& runs, int64_t first, Piece* pieces) {
+    int64_t count = 0;
+    for (int64_t r = first; r < runs.count; ++r) {
+      const Run& run = runs.list[r];
+      for (int64_t i = 0; i < run.size; i += kLanes<T>) {
+        pieces[count++] = {map.at(run.row, run.column + i), run.begin + i, smaller(kLanes<T>, run.size - i)};
       }
     }
+    return count;
   }
 
   template <bool kPixelRows>

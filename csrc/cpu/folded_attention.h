@@ -94,7 +94,7 @@ class FoldedAttention {
   template <typename Visit>
   void each_block(const ImageTokens& pixels, Range positions, Range next, const Visit& visit) const {
     const auto runs_at = [&](Range range) {
-      return Runs(pixels.at(range.begin), smaller(block_, range.size()), call_.width);
+      return Runs(pixels.at(range.begin), smaller(block_, range.size()), call_.width, kLanes<T>);
     };
     Runs runs = runs_at(positions);
     for (int64_t p = positions.begin; p < positions.end; p += block_) {

@@ -52,20 +52,22 @@ class Forward : public SemanticModulate<Scalar> {
         // A copy of the pixels turns into the result where it lies.
         FeatureBlock<Scalar>& result = scratch.x.is_copy() ? scratch.x : scratch.result;
         if (!scratch.x.is_copy()) result.locate(out, runs, scratch.x.pixel_rows());
+        const Lines<Scalar> lines(out, runs, streamed);
         Base::fill_table(image, latents, runs, scratch);
         if (scratch.x.pixel_rows()) {
-          modulate<true>(image, latents, runs, upcoming, streamed && result.streamable(out), result, scratch);
+          modulate<true>(image, latents, runs, upcoming, streamed && result.streamable(out), lines, result, scratch);
+          result.scatter(out, runs);
         } else {
-          modulate<false>(image, latents, runs, upcoming, false, result, scratch);
+          modulate<false>(image, latents, runs, upcoming, false, lines, result, scratch);
+          result.scatter_rest(out, runs, lines);
         }
-        result.scatter(out, runs, streamed);
       });
     });
   }
 
   template <bool kPixelRows>
   void modulate(int64_t image, Range latents, const Runs& runs, const Upcoming<Scalar>& upcoming, bool streamed,
-                const FeatureBlock<Scalar>& result, Scratch& scratch) const {
+                const Lines<Scalar>& lines, const FeatureBlock<Scalar>& result, Scratch& scratch) const {
     const T slope = static_cast<T>(call_.negative_slope);
     T* const* x = scratch.x.rows();
     T* const* out = result.rows();
@@ -74,7 +76,9 @@ class Forward : public SemanticModulate<Scalar> {
           const Vector<T> centred = load(x[row] + i) - beside_row<kPixelRows>(scratch.mean, row, i);
           const Vector<T> y = gamma * (centred * beside_row<kPixelRows>(scratch.rstd, row, i)) + beta;
           const Vector<T> result = y > T(0) ? y : y * slope;
-          if (streamed) {
+          if (!kPixelRows && i < lines.count() * kLanes<T>) {
+            lines.store(row, i / kLanes<T>, result);
+          } else if (streamed) {
             stream<T>(out[row] + i, result);
           } else {
             store<T>(out[row] + i, result);

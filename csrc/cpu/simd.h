@@ -79,7 +79,7 @@ inline Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
 
-// The first `count` lanes, fewer than all; nothing behind them is touched.
+// The first `count` lanes; nothing behind them is touched.
 template <typename T>
 inline Vector<T> load_some(const T* source, int64_t count) {
 #if defined(__AVX512F__)
