@@ -101,12 +101,12 @@ def few_pixels_eps(height: int, width: int) -> float:
 
 
 @functools.cache
-def size_and_expected(height: int, width: int) -> tuple[Problem, Values]:
+def size_and_expected(height: int, width: int, channels: int) -> tuple[Problem, Values]:
     variant = VARIANTS["everything but statistics"]
     problem = modulate_problem(
         random_map(2, height, width, 3),
         LatentLayout((2, 5, 0)),
-        channels=20,
+        channels=channels,
         **variant,
         eps=few_pixels_eps(height, width),
     )
@@ -115,20 +115,21 @@ def size_and_expected(height: int, width: int) -> tuple[Problem, Values]:
 
 
 @pytest.mark.parametrize("size", [(1, 2), (1, 37), (37, 1), (7, 9), (20, 33), (64, 40), (16, 256), (1, 4500)], ids=str)
+@pytest.mark.parametrize("channels", [20, 64])
 @any_memory
-def test_sizes(capability, size, memory):
-    problem, expected = size_and_expected(*size)
+def test_sizes(capability, size, channels, memory):
+    problem, expected = size_and_expected(*size, channels)
     assert_close(solve(arranged(problem, memory), "cpu"), expected, TOLERANCE[torch.float32])
 
 
 @functools.cache
-def edge_and_expected(edge: str, empty: str) -> tuple[Problem, Values]:
+def edge_and_expected(edge: str, empty: str, channels: int) -> tuple[Problem, Values]:
     labels, layout, batch = EDGES[edge]
     given = ("empty_scale", "empty_shift") if empty == "given" else ()
     settings = {} if empty == "given" else {"empty": empty}
     settings["eps"] = few_pixels_eps(labels.height, labels.width)
     problem = modulate_problem(
-        labels, layout, batch=batch, channels=7, options=("key_bias", "col_bias", *given), **settings
+        labels, layout, batch=batch, channels=channels, options=("key_bias", "col_bias", *given), **settings
     )
     problem = away_from_kink(problem)
     return problem, expect(problem)
@@ -144,8 +145,9 @@ def edge_and_expected(edge: str, empty: str) -> tuple[Problem, Values]:
         ("given", "channels first"),
     ],
 )
-def test_edge_cases(capability, edge, empty, memory):
-    problem, expected = edge_and_expected(edge, empty)
+@pytest.mark.parametrize("channels", [7, 64])
+def test_edge_cases(capability, edge, empty, memory, channels):
+    problem, expected = edge_and_expected(edge, empty, channels)
     assert_close(solve(arranged(problem, memory), "cpu"), expected, TOLERANCE[torch.float32])
 
 
@@ -220,7 +222,7 @@ def test_heads_are_summed(native, backend):
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_strides(capability, arrangement, dtype):
-    for channels in (16, 5):
+    for channels in (64, 5):
         problem = away_from_kink(modulate_problem(channels=channels, dtype=dtype))
         expected = expect(problem)
         x, gradient = (arrangement(tensor) for tensor in (problem.tensors["x"], problem.gradients["out"]))
@@ -240,7 +242,7 @@ def test_expanded(capability, expansion):
     Where all pixels are the same, their own statistics would leave nothing but rounding.
     """
     statistics = ("mean", "rstd") if expansion in ("pixel", "number") else ()
-    for channels in (16, 5):
+    for channels in (64, 5):
         problem = modulate_problem(channels=channels, options=("scale_bias", *statistics), negative_slope=1.0)
         x, gradient = (
             expanded(tensor, EXPANSIONS[expansion]) for tensor in (problem.tensors["x"], problem.gradients["out"])

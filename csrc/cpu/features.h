@@ -203,11 +203,10 @@ inline Vector<T> beside_pixels(const T* pixel_values, int64_t row, int64_t i) {
   return beside_row<!kPixelRows>(pixel_values, row, i);
 }
 
-template <typename Scalar>
+// T is the type that is computed in; a map may be of a narrower one.
+template <typename T>
 class FeatureBlock {
  public:
-  using T = ComputeType<Scalar>;
-
   FeatureBlock(Arena& arena, int64_t channels, int64_t pixels)
       : pixel_pitch_(pixels),
         channel_pitch_(padded<T>(channels)),
@@ -217,6 +216,7 @@ class FeatureBlock {
   bool pixel_rows() const { return pixel_rows_; }
   bool is_copy() const { return !in_place_; }
   // Whether the rows lie in the map itself and all begin where a vector may be streamed to.
+  template <typename Scalar>
   bool streamable(const FeatureMap<Scalar>& map) const {
     return in_place_ && reinterpret_cast<uintptr_t>(map.data) % kVectorBytes == 0 &&
            map.column_stride % kLanes<T> == 0 && map.row_stride % kLanes<T> == 0;
@@ -226,17 +226,20 @@ class FeatureBlock {
   T* const* rows() const { return rows_; }
 
   // Takes pixels of a map to be read, kept as it lies in memory.
+  template <typename Scalar>
   void gather(const FeatureMap<Scalar>& map, const Runs& runs) {
     locate(map, runs, map.adjacent_channels());
     if (!in_place_) copy_from(map, runs);
   }
   // Copies pixels of a map to be changed.
+  template <typename Scalar>
   void gather_copy(const FeatureMap<Scalar>& map, const Runs& runs, bool pixel_rows) {
     make_room(pixel_rows, map.channels, runs.pixels);
     copy_from(map, runs);
   }
 
   // Makes room for pixels that are to be written to a map by scatter().
+  template <typename Scalar>
   void locate(const FeatureMap<Scalar>& map, const Runs& runs, bool pixel_rows) {
     make_room(pixel_rows, map.channels, runs.pixels);
     if constexpr (std::is_same_v<Scalar, T>) {
@@ -249,6 +252,7 @@ class FeatureBlock {
   }
 
   // With `streamed`, past the caches where whole vectors allow it.
+  template <typename Scalar>
   void scatter(const FeatureMap<Scalar>& map, const Runs& runs, bool streamed = false) const {
     if (in_place_) return;
     if (pixel_rows_) {
@@ -266,8 +270,9 @@ class FeatureBlock {
     scatter_rest(map, runs, lines);
   }
   // The same of rows of channels whose lines are already in the map.
+  template <typename Scalar>
   void scatter_rest(const FeatureMap<Scalar>& map, const Runs& runs, const Lines<Scalar>& lines) const {
-    Piece pieces[kMostPixels];
+    Piece<Scalar> pieces[kMostPixels];
     const int64_t count = find_pieces(map, runs, lines.count(), pieces);
     for (int64_t c = 0; c < channels_; ++c) {
       for (int64_t i = 0; i < count; ++i) {
@@ -326,33 +331,32 @@ class FeatureBlock {
     }
   }
 
-  // Adds the pixels to the means and the sums of squared deviations of `seen` pixels.
-  void add_to_moments(int64_t seen, double* mean, double* squares, const RowTable<T>& sums) const {
-    T* __restrict first = sums.rows[0];
-    T* __restrict second = sums.rows[1];
-    if (pixel_rows_) {
-      for (int64_t c = 0; c < channels_; ++c) first[c] = second[c] = 0;
-      for (int64_t p = 1; p < pixels_; ++p) {
-        for (int64_t c = 0; c < channels_; ++c) {
-          const T difference = rows_[p][c] - rows_[0][c];
-          first[c] += difference;
-          second[c] += difference * difference;
-        }
-      }
-    } else {
-      for (int64_t c = 0; c < channels_; c += kSummedRows<T>) {
-        const T* rows[kSummedRows<T>];
-        for (int64_t r = 0; r < kSummedRows<T>; ++r) rows[r] = rows_[smaller(c + r, channels_ - 1)];
-        sum_differences_of_rows(rows, 1, pixels_, first + c, second + c);
-      }
+  // The channels of the first pixel.
+  void copy_first_pixel(T* target) const {
+    for (int64_t c = 0; c < channel_pitch_; ++c) {
+      target[c] = pixel_rows_ ? rows_[0][c] : rows_[smaller(c, channels_ - 1)][0];
     }
-    for (int64_t c = 0; c < channels_; ++c) {
-      merge_sums(static_cast<double>(seen), mean[c], squares[c], static_cast<double>(pixels_),
-                 pixel_rows_ ? rows_[0][c] : rows_[c][0], first[c], second[c]);
+  }
+  // Adds the pixels' differences from `shift`, and the squares of those, to sums for each channel.
+  void sum_differences(const T* shift, T* sums, T* sums_of_squares) const {
+    if (pixel_rows_) {
+      sum_differences_of_pixels(shift, sums, sums_of_squares);
+      return;
+    }
+    for (int64_t c = 0; c < channels_; c += kSummedRows<T>) {
+      const T* rows[kSummedRows<T>];
+      T more[kSummedRows<T>], more_squares[kSummedRows<T>];
+      for (int64_t r = 0; r < kSummedRows<T>; ++r) rows[r] = rows_[smaller(c + r, channels_ - 1)];
+      sum_differences_of_rows(rows, 1, pixels_, shift + c, more, more_squares);
+      for (int64_t r = 0; r < kSummedRows<T>; ++r) {
+        sums[c + r] += more[r];
+        sums_of_squares[c + r] += more_squares[r];
+      }
     }
   }
 
  private:
+  template <typename Scalar>
   void copy_from(const FeatureMap<Scalar>& map, const Runs& runs) {
     if (pixel_rows_) {
       each_pixel(map, runs, [&](const Scalar* source, T* row) {
@@ -365,10 +369,10 @@ class FeatureBlock {
     for (int64_t c = 0; c < channels_; ++c) {
       for (int64_t l = 0; l < lines.count(); ++l) store<T>(rows_[c] + l * kLanes<T>, lines.load(c, l));
     }
-    Piece pieces[kMostPixels];
+    Piece<Scalar> pieces[kMostPixels];
     const int64_t count = find_pieces(map, runs, lines.count(), pieces);
     for (int64_t i = 0; i < count; ++i) {
-      const Piece piece = pieces[i];
+      const Piece<Scalar> piece = pieces[i];
       for (int64_t c = 0; c < channels_; ++c) {
         const Scalar* from = piece.first + c * map.channel_stride;
         T* row = rows_[c] + piece.begin;
@@ -404,19 +408,21 @@ class FeatureBlock {
     }
   }
 
-  template <typename Visit>
+  template <typename Scalar, typename Visit>
   void each_pixel(const FeatureMap<Scalar>& map, const Runs& runs, const Visit& visit) const {
     for (const Run& run : runs) {
       for (int64_t i = 0; i < run.size; ++i) visit(map.at(run.row, run.column + i), rows_[run.begin + i]);
     }
   }
   // At most a vector of adjacent pixels: where the first lies in the map, their place in the block, how many.
+  template <typename Scalar>
   struct Piece {
     Scalar* first;
     int64_t begin, size;
   };
   // Of all runs but the first few; returns how many.
-  static int64_t find_pieces(const FeatureMap<Scalar>& map, const Runs& runs, int64_t first, Piece* pieces) {
+  template <typename Scalar>
+  static int64_t find_pieces(const FeatureMap<Scalar>& map, const Runs& runs, int64_t first, Piece<Scalar>* pieces) {
     int64_t count = 0;
     for (int64_t r = first; r < runs.count; ++r) {
       const Run& run = runs.list[r];
@@ -425,6 +431,33 @@ class FeatureBlock {
       }
     }
     return count;
+  }
+
+  void sum_differences_of_pixels(const T* shift, T* sums, T* sums_of_squares) const {
+    constexpr int64_t kVectors = 4;  // as many additions as the latency of one can hide
+    for (int64_t begin = 0; begin < channel_pitch_; begin += kVectors * kLanes<T>) {
+      // Behind the last vector that one is computed again.
+      int64_t channel[kVectors];
+      for (int64_t v = 0; v < kVectors; ++v) channel[v] = smaller(begin + v * kLanes<T>, channel_pitch_ - kLanes<T>);
+      Vector<T> first[kVectors] = {}, second[kVectors] = {};
+      for (int64_t p = 0; p < pixels_; ++p) {
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kVectors; ++v) {
+          const Vector<T> difference = load(rows_[p] + channel[v]) - load(shift + channel[v]);
+          first[v] += difference;
+          second[v] += difference * difference;
+        }
+      }
+      // The block's sums are added to the others at last: long chains of additions would lose digits.
+      for (int64_t v = 0; v < kVectors; ++v) {
+        first[v] += load(sums + channel[v]);
+        second[v] += load(sums_of_squares + channel[v]);
+      }
+      for (int64_t v = 0; v < kVectors; ++v) {
+        store<T>(sums + channel[v], first[v]);
+        store<T>(sums_of_squares + channel[v], second[v]);
+      }
+    }
   }
 
   template <bool kPixelRows>

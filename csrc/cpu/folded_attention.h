@@ -6,7 +6,7 @@
 // number of threads.
 #pragma once
 
-#include "features.h"
+#include "turned_tile.h"
 
 namespace sca::SCA_CPU_CAPABILITY {
 namespace {
@@ -18,6 +18,8 @@ class FoldedAttention {
 
  protected:
   static constexpr int64_t kMostChunks = 16;
+  // Channels from which on lane sums over a row of them cost less than what they save.
+  static constexpr int64_t kFewestTurned = 4 * kLanes<T>;
 
   // `blocks`: how many blocks of pixels a thread holds at once.
   FoldedAttention(const Call& call, int64_t blocks)
@@ -28,6 +30,8 @@ class FoldedAttention {
         tiles_across_((call.width + call.tile_width - 1) / call.tile_width),
         tiles_(tiles_across_ * ((call.height + call.tile_height - 1) / call.tile_height)),
         chunks_(smaller(tiles_, kMostChunks)),
+        turned_(tiles_ == chunks_ && has_planes(call.x) && call.channels % kLanes<T> == 0 &&
+                call.channels >= kFewestTurned),
         occurs_(arena_.template take<int8_t>(call.batch * chunks_ * (call.latents.labels + 1))) {}
 
   // Runs visit(image, chunk, scratch) for every chunk of every image; each thread has a Scratch(arena, kernel).
@@ -110,6 +114,16 @@ class FoldedAttention {
     return call_.batch * call_.pixels.count * call_.channels * int64_t{sizeof(Scalar)} >= kStreamedBytes / 2;
   }
 
+  // Where a chunk that is a tile lies in the image.
+  Rectangle tile_of_chunk(int64_t chunk) const {
+    const int64_t row = chunk / tiles_across_ * call_.tile_height, column = chunk % tiles_across_ * call_.tile_width;
+    return {row, column, smaller(call_.tile_height, call_.height - row),
+            smaller(call_.tile_width, call_.width - column)};
+  }
+  TurnedTile<Scalar> make_tile(Arena& arena) const {
+    return {arena, call_.channels, turned_ ? call_.tile_height * call_.tile_width : 0};
+  }
+
   // Number of a latent among those of all images and heads.
   int64_t row(int64_t image, int64_t head, int64_t latent) const {
     return (image * call_.heads + head) * call_.latents.count + latent;
@@ -190,6 +204,7 @@ class FoldedAttention {
   const Call& call_;
   Arena arena_;
   const int64_t channel_width_, block_, tiles_across_, tiles_, chunks_;
+  const bool turned_;  // whether each chunk is a tile that is turned
 
  private:
   int64_t tile_of(int64_t pixel) const {

@@ -11,6 +11,9 @@
 namespace sca::SCA_CPU_CAPABILITY {
 namespace {
 
+// Numbers summed before they go into double precision.
+constexpr int64_t kMostSummed = 4096;
+
 // Adds `count` numbers with their mean and sum of squared deviations to those of `seen` numbers.
 inline void merge_moments(double seen, double& mean, double& squares, double count, double count_mean,
                           double count_squares) {
@@ -53,20 +56,20 @@ inline void sum_differences(const Scalar* values, int64_t stride, int64_t count,
   }
 }
 
-// Of several rows of numbers, the sums of the differences from the row's first number and of their squares. The rows
-// are as many as make whole vectors of the results.
+// Of several rows of numbers, the sums of the differences from a shift for each row and of their squares. The rows are
+// as many as make whole vectors of the results.
 template <typename T>
 constexpr int64_t kSummedRows = kLanes<T> / 2;
 
 template <typename Scalar, typename T>
-inline void sum_differences_of_rows(const Scalar* const* rows, int64_t stride, int64_t count, T* sums,
-                                    T* sums_of_squares) {
+inline void sum_differences_of_rows(const Scalar* const* rows, int64_t stride, int64_t count, const T* row_shifts,
+                                    T* sums, T* sums_of_squares) {
   constexpr int64_t kRows = kSummedRows<T>;
   Vector<T> totals[2 * kRows], shifts[kRows];
 #pragma GCC unroll 8
   for (int64_t r = 0; r < kRows; ++r) {
     totals[r] = totals[kRows + r] = Vector<T>{};
-    shifts[r] = broadcast<T>(widen(rows[r][0]));
+    shifts[r] = broadcast<T>(row_shifts[r]);
   }
   int64_t i = 0;
   if (stride == 1) {
@@ -85,7 +88,7 @@ inline void sum_differences_of_rows(const Scalar* const* rows, int64_t stride, i
     sums[r] = results[r];
     sums_of_squares[r] = results[kRows + r];
     for (int64_t k = i; k < count; ++k) {
-      const T difference = widen(rows[r][k * stride]) - widen(rows[r][0]);
+      const T difference = widen(rows[r][k * stride]) - row_shifts[r];
       sums[r] += difference;
       sums_of_squares[r] += difference * difference;
     }
@@ -123,7 +126,6 @@ class MapMoments {
 
  private:
   static constexpr int64_t kMostChunks = 32;
-  static constexpr int64_t kMostSummed = 4096;  // numbers summed before they go into double precision
 
   Range rows_of(int64_t chunk) const { return {height_ * chunk / chunks_, height_ * (chunk + 1) / chunks_}; }
   const Scalar* image(int64_t index) const { return static_cast<const Scalar*>(map_.data) + index * map_.batch_stride; }
@@ -140,16 +142,16 @@ class MapMoments {
     for (int64_t line = 0; line < lines; ++line) {
       for (int64_t begin = 0; begin < length; begin += kMostSummed) {
         const Scalar* rows[kSummedRows<T>];
+        T shifts[kSummedRows<T>], sums[kSummedRows<T>], sums_of_squares[kSummedRows<T>];
         for (int64_t r = 0; r < kSummedRows<T>; ++r) {
           rows[r] = image(image_index) + smaller(first + r, channels_ - 1) * map_.channel_stride +
                     line * map_.row_stride + begin * map_.column_stride;
+          shifts[r] = widen(rows[r][0]);
         }
         const int64_t count = smaller(kMostSummed, length - begin);
-        T sums[kSummedRows<T>], sums_of_squares[kSummedRows<T>];
-        sum_differences_of_rows(rows, map_.column_stride, count, sums, sums_of_squares);
+        sum_differences_of_rows(rows, map_.column_stride, count, shifts, sums, sums_of_squares);
         for (int64_t r = 0; r < some; ++r) {
-          merge_sums(seen, mean[r], squares[r], static_cast<double>(count), T(widen(rows[r][0])), sums[r],
-                     sums_of_squares[r]);
+          merge_sums(seen, mean[r], squares[r], static_cast<double>(count), shifts[r], sums[r], sums_of_squares[r]);
         }
         seen += static_cast<double>(count);
       }

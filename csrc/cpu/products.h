@@ -103,35 +103,35 @@ struct Weights {
   int64_t target_stride, term_stride;
 };
 
-template <Write kWrite, int64_t kVectors, typename T>
+template <Write kWrite, int64_t kRows, int64_t kVectors, typename T>
 inline void weighted_sum_block(const Weights<T>& weights, const int64_t* row, T* const* terms, int64_t term_count,
                                T* const* target, int64_t i) {
-  Vector<T> sums[kBlockRows][kVectors];
-#pragma GCC unroll 4
-  for (int64_t r = 0; r < kBlockRows; ++r) {
+  Vector<T> sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int64_t v = 0; v < kVectors; ++v) {
       sums[r][v] = kWrite == Write::kAccumulate ? load(target[r] + i + v * kLanes<T>) : Vector<T>{};
     }
   }
-  const T* weight[kBlockRows];
-#pragma GCC unroll 4
-  for (int64_t r = 0; r < kBlockRows; ++r) weight[r] = weights.values + row[r] * weights.target_stride;
+  const T* weight[kRows];
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < kRows; ++r) weight[r] = weights.values + row[r] * weights.target_stride;
   for (int64_t c = 0; c < term_count; ++c) {
     const T* term = terms[c] + i;
     const int64_t offset = c * weights.term_stride;
     Vector<T> values[kVectors];
 #pragma GCC unroll 4
     for (int64_t v = 0; v < kVectors; ++v) values[v] = load(term + v * kLanes<T>);
-#pragma GCC unroll 4
-    for (int64_t r = 0; r < kBlockRows; ++r) {
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRows; ++r) {
       const Vector<T> factor = broadcast<T>(weight[r][offset]);
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kVectors; ++v) sums[r][v] += factor * values[v];
     }
   }
-#pragma GCC unroll 4
-  for (int64_t r = 0; r < kBlockRows; ++r) {
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int64_t v = 0; v < kVectors; ++v) {
       if constexpr (kWrite == Write::kStream) {
@@ -143,22 +143,36 @@ inline void weighted_sum_block(const Weights<T>& weights, const int64_t* row, T*
   }
 }
 
+// A few vectors of all targets. Fewer vectors at once leave registers for more targets, so that there are always
+// enough sums to hide the latency of an addition.
+template <Write kWrite, int64_t kVectors, typename T>
+inline void weighted_sum_columns(const Weights<T>& weights, T* const* terms, int64_t term_count, T* const* targets,
+                                 int64_t target_count, int64_t i) {
+  constexpr int64_t kRows = kVectors == kBlockColumns ? kBlockRows : 2 * kBlockRows;
+  for (int64_t r0 = 0; r0 < target_count; r0 += kRows) {
+    int64_t row[kRows];
+    T* target[kRows];
+    for (int64_t r = 0; r < kRows; ++r) {
+      row[r] = smaller(r0 + r, target_count - 1);
+      target[r] = targets[row[r]];
+    }
+    weighted_sum_block<kWrite, kRows, kVectors>(weights, row, terms, term_count, target, i);
+  }
+}
+
 template <Write kWrite, typename T>
 inline void weighted_sum_as(const Weights<T>& weights, T* const* terms, int64_t term_count, T* const* targets,
                             int64_t target_count, int64_t width) {
-  constexpr int64_t kVectors = kBlockColumns;
-  for (int64_t r0 = 0; r0 < target_count; r0 += kBlockRows) {
-    int64_t row[kBlockRows];
-    T* target[kBlockRows];
-    for (int64_t r = 0; r < kBlockRows; ++r) {
-      row[r] = r0 + r < target_count ? r0 + r : target_count - 1;
-      target[r] = targets[row[r]];
-    }
-    int64_t i = 0;
-    for (; i + kVectors * kLanes<T> <= width; i += kVectors * kLanes<T>) {
-      weighted_sum_block<kWrite, kVectors>(weights, row, terms, term_count, target, i);
-    }
-    for (; i < width; i += kLanes<T>) weighted_sum_block<kWrite, 1>(weights, row, terms, term_count, target, i);
+  constexpr int64_t kMost = kBlockColumns, kFewer = kBlockColumns / 2;
+  int64_t i = 0;
+  for (; i + kMost * kLanes<T> <= width; i += kMost * kLanes<T>) {
+    weighted_sum_columns<kWrite, kMost>(weights, terms, term_count, targets, target_count, i);
+  }
+  for (; i + kFewer * kLanes<T> <= width; i += kFewer * kLanes<T>) {
+    weighted_sum_columns<kWrite, kFewer>(weights, terms, term_count, targets, target_count, i);
+  }
+  for (; i < width; i += kLanes<T>) {
+    weighted_sum_columns<kWrite, 1>(weights, terms, term_count, targets, target_count, i);
   }
 }
 

@@ -65,12 +65,14 @@ class Backward : public SemanticModulate<Scalar> {
   };
 
   struct Scratch : Base::Scratch {
-    FeatureBlock<Scalar> gamma_gradient, beta_gradient;
+    TurnedTile<Scalar> grad_out_tile;
+    FeatureBlock<T> gamma_gradient, beta_gradient;
     RowTable<T> logit_gradients, more_gradients;
     T **scale_sums, **shift_sums, **key_sums;  // the partial rows
 
     Scratch(Arena& arena, const Backward& kernel)
         : Base::Scratch(arena, kernel),
+          grad_out_tile(kernel.make_tile(arena)),
           gamma_gradient(arena, kernel.call_.channels, kernel.block_),
           beta_gradient(arena, kernel.call_.channels, kernel.block_),
           logit_gradients(arena, kernel.most_rows(), kernel.block_),
@@ -86,20 +88,36 @@ class Backward : public SemanticModulate<Scalar> {
   T* sum(int64_t image, int64_t which) const { return sums_ + (image * kSums + which) * Base::channel_width_; }
 
   void differentiate_chunk(int64_t image, int64_t chunk, Scratch& scratch) const {
-    const ImageTokens latent_tokens(call_.latents, image), pixels(call_.pixels, image);
     const FeatureMap<Scalar> x = image_of<Scalar>(call_.x, image, call_.channels);
     const FeatureMap<Scalar> grad_out = image_of<Scalar>(gradients_.grad_out, image, call_.channels);
     const FeatureMap<Scalar> grad_x = image_of<Scalar>(gradients_.grad_x, image, call_.channels);
-    const bool like_x = x.same_strides(grad_out);
     const bool wants_x = gradients_.grad_x.data != nullptr;
     Base::load_channels(image, scratch);
+    if (!Base::turned_ || !has_planes(gradients_.grad_out) || (wants_x && !has_planes(gradients_.grad_x))) {
+      return differentiate_pixels(image, chunk, x, grad_out, grad_x, scratch);
+    }
+    const Rectangle place = Base::tile_of_chunk(chunk);
+    scratch.x_tile.load(x, place);
+    scratch.grad_out_tile.load(grad_out, place);
+    differentiate_pixels(image, chunk, scratch.x_tile.map(place), scratch.grad_out_tile.map(place),
+                         scratch.result_tile.map(place), scratch);
+    if (wants_x) scratch.result_tile.store_to(grad_x, place);
+  }
+
+  template <typename Stored>
+  void differentiate_pixels(int64_t image, int64_t chunk, const FeatureMap<Stored>& x,
+                            const FeatureMap<Stored>& grad_out, const FeatureMap<Stored>& grad_x,
+                            Scratch& scratch) const {
+    const ImageTokens latent_tokens(call_.latents, image), pixels(call_.pixels, image);
+    const bool like_x = x.same_strides(grad_out);
+    const bool wants_x = gradients_.grad_x.data != nullptr;
     for (int64_t i = 0; i < kChunkSums * Base::channel_width_; ++i) chunk_sum(image, chunk, 0)[i] = 0;
     Base::each_label_of_chunk(image, chunk, [&](int64_t label, Range range, Range next) {
       const Range latents = latent_tokens.with_label(label);
       Base::load_label(image, latents, scratch);
       clear_partials(image, chunk, latents, scratch);
       Base::each_block(pixels, range, next, [&](const Runs& runs, const Runs& following) {
-        const Upcoming<Scalar> upcoming(following, runs, x, like_x ? grad_out : FeatureMap<Scalar>{});
+        const Upcoming<Stored> upcoming(following, runs, x, like_x ? grad_out : FeatureMap<Stored>{});
         scratch.x.gather(x, runs);
         const bool pixel_rows = scratch.x.pixel_rows();
         scratch.beta_gradient.gather_copy(grad_out, runs, pixel_rows);
@@ -135,9 +153,9 @@ class Backward : public SemanticModulate<Scalar> {
   }
 
   // The gradients of gamma and beta, and the part of that of x that does not go through the attention.
-  template <bool kPixelRows>
+  template <bool kPixelRows, typename Stored>
   void differentiate_modulation(int64_t image, int64_t chunk, Range latents, const Runs& runs,
-                                const Upcoming<Scalar>& upcoming, Scratch& scratch) const {
+                                const Upcoming<Stored>& upcoming, Scratch& scratch) const {
     const T slope = static_cast<T>(call_.negative_slope);
     T* const* x = scratch.x.rows();
     T* const* grad_beta = scratch.beta_gradient.rows();

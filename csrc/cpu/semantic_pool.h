@@ -40,18 +40,21 @@ class SemanticPool : public FoldedAttention<Scalar, sca_semantic_pool> {
 
   // What one thread works in; rows are of all heads of a label's latents.
   struct Scratch {
-    FeatureBlock<Scalar> x, gradient;
+    TurnedTile<Scalar> x_tile, gradient_tile;
+    FeatureBlock<T> x, gradient;
     RowTable<T> queries, gradients;        // (rows, channels)
-    RowTable<T> differences;               // two rows of channels
+    RowTable<T> moments;                   // rows of channels: a shift, the sums of differences from it, of squares
     RowTable<T> weights, logit_gradients;  // (rows, pixels of a block)
     T** sums;                              // the partial rows
 
     Scratch(Arena& arena, const SemanticPool& kernel)
-        : x(arena, kernel.call_.channels, kernel.block_),
+        : x_tile(kernel.make_tile(arena)),
+          gradient_tile(kernel.make_tile(arena)),
+          x(arena, kernel.call_.channels, kernel.block_),
           gradient(arena, kernel.call_.channels, kernel.block_),
           queries(arena, kernel.most_rows(), kernel.channel_width_),
           gradients(arena, kernel.most_rows(), kernel.channel_width_),
-          differences(arena, 2, kernel.channel_width_),
+          moments(arena, 3, kernel.channel_width_),
           weights(arena, kernel.most_rows(), kernel.block_),
           logit_gradients(arena, kernel.most_rows(), kernel.block_),
           sums(arena.take<T*>(kernel.most_rows())) {}

@@ -68,10 +68,22 @@ class Backward : public SemanticPool<Scalar> {
   }
 
   void differentiate_chunk(int64_t image, int64_t chunk, Scratch& scratch) const {
-    const ImageTokens latent_tokens(call_.latents, image), pixels(call_.pixels, image);
     const FeatureMap<Scalar> x = image_of<Scalar>(call_.x, image, call_.channels);
     const FeatureMap<Scalar> grad_x = image_of<Scalar>(gradients_.grad_x, image, call_.channels);
-    const bool streamed = Base::streamed();
+    const bool wants_x = gradients_.grad_x.data != nullptr;
+    if (!Base::turned_ || (wants_x && !has_planes(gradients_.grad_x))) {
+      return differentiate_pixels(image, chunk, x, grad_x, Base::streamed(), scratch);
+    }
+    const Rectangle place = Base::tile_of_chunk(chunk);
+    scratch.x_tile.load(x, place);
+    differentiate_pixels(image, chunk, scratch.x_tile.map(place), scratch.gradient_tile.map(place), false, scratch);
+    if (wants_x) scratch.gradient_tile.store_to(grad_x, place);
+  }
+
+  template <typename Stored>
+  void differentiate_pixels(int64_t image, int64_t chunk, const FeatureMap<Stored>& x, const FeatureMap<Stored>& grad_x,
+                            bool streamed, Scratch& scratch) const {
+    const ImageTokens latent_tokens(call_.latents, image), pixels(call_.pixels, image);
     const bool wants_x = gradients_.grad_x.data != nullptr;
     const T* offset = Base::offset_ + image * Base::channel_width_;
     const T* factor = Base::factor_ + image * Base::channel_width_;
@@ -93,7 +105,7 @@ class Backward : public SemanticPool<Scalar> {
           differentiate_softmax(scratch.weights.rows[j], scratch.logit_gradients.rows[j], runs.pixels,
                                 static_cast<const T*>(call_.lse)[row], Base::delta_[row]);
         });
-        const Upcoming<Scalar> upcoming(following, runs, x, {});
+        const Upcoming<Stored> upcoming(following, runs, x, {});
         scratch.x.pool(scratch.logit_gradients, count, scratch.sums,
                        [&](int64_t row, int64_t i) { upcoming.template fetch<false>(row, i / kLanes<T>); });
         Base::sum_by_position(runs, scratch.logit_gradients, count, scratch.sums, Base::row_begin_,

@@ -23,12 +23,29 @@ class Forward : public SemanticPool<Scalar> {
 
  private:
   void pool_chunk(int64_t image, int64_t chunk, Scratch& scratch) const {
-    const ImageTokens latent_tokens(call_.latents, image), pixels(call_.pixels, image);
     const FeatureMap<Scalar> x = image_of<Scalar>(call_.x, image, call_.channels);
+    if (!Base::turned_) return pool_pixels(image, chunk, x, scratch);
+    const Rectangle place = Base::tile_of_chunk(chunk);
+    scratch.x_tile.load(x, place);
+    pool_pixels(image, chunk, scratch.x_tile.map(place), scratch);
+  }
+
+  template <typename Stored>
+  void pool_pixels(int64_t image, int64_t chunk, const FeatureMap<Stored>& x, Scratch& scratch) const {
+    const ImageTokens latent_tokens(call_.latents, image), pixels(call_.pixels, image);
     const int64_t moments = (image * Base::chunks_ + chunk) * call_.channels;
     double *mean = Base::mean_ + moments, *squares = Base::squares_ + moments;
     for (int64_t c = 0; c < call_.channels; ++c) mean[c] = squares[c] = 0;
-    int64_t seen = 0;
+    T *shift = scratch.moments.rows[0], *sums = scratch.moments.rows[1], *sums_of_squares = scratch.moments.rows[2];
+    int64_t seen = 0, summed = 0;
+    const auto merge_summed = [&] {
+      for (int64_t c = 0; c < call_.channels && summed > 0; ++c) {
+        merge_sums(static_cast<double>(seen), mean[c], squares[c], static_cast<double>(summed), shift[c], sums[c],
+                   sums_of_squares[c]);
+      }
+      seen += summed;
+      summed = 0;
+    };
     Base::each_label_of_chunk(image, chunk, [&](int64_t label, Range range, Range next) {
       const Range latents = latent_tokens.with_label(label);
       const int64_t count = latents.size() * call_.heads;
@@ -36,8 +53,13 @@ class Forward : public SemanticPool<Scalar> {
       Base::clear_partials(image, chunk, latents, scratch.sums);
       Base::each_block(pixels, range, next, [&](const Runs& runs, const Runs& following) {
         scratch.x.gather(x, runs);
-        scratch.x.add_to_moments(seen, mean, squares, scratch.differences);
-        seen += runs.pixels;
+        if (summed == 0) {
+          scratch.x.copy_first_pixel(shift);
+          for (int64_t c = 0; c < Base::channel_width_; ++c) sums[c] = sums_of_squares[c] = 0;
+        }
+        scratch.x.sum_differences(shift, sums, sums_of_squares);
+        summed += runs.pixels;
+        if (summed >= kMostSummed) merge_summed();
         if (count == 0) return;
         Base::make_logits(scratch, runs, image, latents);
         Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
@@ -48,12 +70,13 @@ class Forward : public SemanticPool<Scalar> {
             for (int64_t i = 0; i < Base::partial_width_; ++i) scratch.sums[j][i] *= correction;
           }
         });
-        const Upcoming<Scalar> upcoming(following, runs, x, {});
+        const Upcoming<Stored> upcoming(following, runs, x, {});
         scratch.x.pool(scratch.weights, count, scratch.sums,
                        [&](int64_t row, int64_t i) { upcoming.template fetch<false>(row, i / kLanes<T>); });
         Base::sum_by_position(runs, scratch.weights, count, scratch.sums, Base::row_begin_, Base::column_begin_);
       });
     });
+    merge_summed();
     Base::seen_[image * Base::chunks_ + chunk] = static_cast<double>(seen);
   }
 

@@ -1,0 +1,82 @@
+// A tile of an image with adjacent pixels, turned: kept with adjacent channels.
+//
+// Where a tile holds many labels, each has few pixels in it, and rows of pixels waste most of a vector. With rows of
+// channels no lane is wasted, and a label takes its pixels where they lie; each square is turned once in each
+// direction.
+#pragma once
+
+#include "features.h"
+
+namespace sca::SCA_CPU_CAPABILITY {
+namespace {
+
+// Whether pixels of a row are adjacent, and channels are not.
+inline bool has_planes(const sca_feature_map& map) { return map.column_stride == 1 && map.channel_stride != 1; }
+
+// A rectangle of an image.
+struct Rectangle {
+  int64_t row, column, height, width;
+};
+
+template <typename Scalar>
+class TurnedTile {
+ public:
+  using T = ComputeType<Scalar>;
+
+  // Whole vectors of channels, at most `pixels` pixels.
+  TurnedTile(Arena& arena, int64_t channels, int64_t pixels)
+      : channels_(channels), memory_(arena.take<T>(channels * pixels)) {}
+
+  // The image with its pixels in this place where they lie here.
+  FeatureMap<T> map(const Rectangle& place) const {
+    const int64_t row_stride = place.width * channels_;
+    return {memory_ - place.row * row_stride - place.column * channels_, channels_, 1, row_stride, channels_};
+  }
+
+  void load(const FeatureMap<Scalar>& map, const Rectangle& place) const {
+    each_square(map, place, [&](Scalar* pixels, T* turned, int64_t channel, int64_t count) {
+      Vector<T> square[kLanes<T>];
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < kLanes<T>; ++k) {
+        square[k] = load_widened(pixels + (channel + k) * map.channel_stride, count);
+      }
+      transpose<T>(square);
+      for (int64_t k = 0; k < count; ++k) store<T>(turned + k * channels_ + channel, square[k]);
+    });
+  }
+
+  void store_to(const FeatureMap<Scalar>& map, const Rectangle& place) const {
+    each_square(map, place, [&](Scalar* pixels, const T* turned, int64_t channel, int64_t count) {
+      Vector<T> square[kLanes<T>] = {};
+      for (int64_t k = 0; k < count; ++k) square[k] = sca::SCA_CPU_CAPABILITY::load(turned + k * channels_ + channel);
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < kLanes<T>; ++k) {
+        store_narrowed(pixels + (channel + k) * map.channel_stride, square[k], count);
+      }
+    });
+  }
+
+ private:
+  // Calls visit(pixels in the map, the first of them here, first channel, number of pixels) for each square.
+  template <typename Visit>
+  void each_square(const FeatureMap<Scalar>& map, const Rectangle& place, const Visit& visit) const {
+    const bool one_line = map.row_stride == place.width;
+    const int64_t lines = one_line ? 1 : place.height, size = one_line ? place.height * place.width : place.width;
+    for (int64_t line = 0; line < lines; ++line) {
+      for (int64_t i = 0; i < size; i += kLanes<T>) {
+        Scalar* pixels = map.at(place.row + line, place.column + i);
+        T* turned = memory_ + (line * size + i) * channels_;
+        for (int64_t channel = 0; channel < channels_; channel += kLanes<T>) {
+          visit(pixels, turned, channel, smaller(kLanes<T>, size - i));
+        }
+      }
+    }
+  }
+
+  int64_t channels_;
+  T* memory_;
+};
+
+}  // namespace
+}  // namespace sca::SCA_CPU_CAPABILITY
