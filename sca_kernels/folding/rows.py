@@ -299,6 +299,21 @@ def project_for_pixels(call: Call) -> list[Tensor]:
     return results
 
 
+def weights_for_pixels(call: Call) -> Tensor:
+    """How much the pixels attend to each latent of their label, (B, H, k, height, width)."""
+    attention, layout, heads = call.attention, call.layout, call.attention.num_heads
+    device = call.latents.device
+    query = attention.query.apply(_pixel_rows(call))
+    key = attention.key._replace(bias=None).apply(call.latents)
+    # Values that are the latents' places among those of their label: the weighted mean of them is the weights.
+    place = torch.arange(layout.count, device=device) - layout.offsets(device)[layout.labels(device).long()]
+    planes = torch.arange(layout.max_per_label, device=device)
+    value = (place.unsqueeze(1) == planes).to(call.dtype).repeat(1, heads)
+    value = value.expand(len(call.latents), -1, -1)
+    weights = _attend(attention, query, key, value, call.labels, layout, "zero")
+    return weights.transpose(1, 2).unflatten(2, call.x.shape[2:]).unflatten(1, (heads, -1))
+
+
 def project_for_themselves(latents: Tensor, layout: LatentLayout, attention: AttentionProjections) -> Tensor:
     """What latents get that attend to each other (B, m, ...)."""
     query = attention.query.apply(latents)

@@ -7,12 +7,15 @@ In evaluation mode products of weights alone are remembered; modules can be comp
 
 from .attention import SemanticAttentionTransformer, SemanticCrossAttention
 from .encoding import sinusoidal_encoding
-from .layers import AttentionLayers, Linear
+from .layers import AttentionLayers, Convolution, Linear
+from .map_encoder import MapEncoder
 from .modulation import SemanticModulation
 
 __all__ = [
     "AttentionLayers",
+    "Convolution",
     "Linear",
+    "MapEncoder",
     "SemanticAttentionTransformer",
     "SemanticCrossAttention",
     "SemanticModulation",

@@ -7,13 +7,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..folding import Choice, modulate_by_latents
+from ..folding import Choice, attention_weights, modulate_by_latents, pixels_attend_to_latents
 from ..folding.calls import Empty
 from ..labels import LabelMap, LatentLayout
 from ..ops.instance_modulate import instance_modulate
 from .attention import SemanticAttentionTransformer
 from .encoding import encoding_of
 from .layers import NEGATIVE_SLOPE, AttentionLayers, Linear
+from .map_encoder import MapEncoder
 
 
 class SemanticModulation(nn.Module):
@@ -29,8 +30,9 @@ class SemanticModulation(nn.Module):
     is learned for each channel. The encoding is added for the attentions only. In duplex one pass over the features
     serves the latents' attention and the statistics of the normalisation.
 
-    Where gamma and beta are blended with those of another network, pixel by pixel (``use_mask_adain`` of the published
-    code), :class:`SemanticCrossAttention`, two layers and :func:`sca_kernels.instance_modulate` take its place.
+    With a map encoder gamma and beta are blends of these and those of a :class:`MapEncoder`, with learned numbers t:
+
+        sigmoid(lr_mul t_gamma) gamma(a_p) + (1 - sigmoid(lr_mul t_gamma)) gamma_map_p,    and so for beta
 
     Args:
         layout: how many latents each label has.
@@ -43,6 +45,10 @@ class SemanticModulation(nn.Module):
             pixels of a channel in all images, with running statistics in evaluation mode. None has parameters.
         noise: whether noise is added.
         modulate: whether gamma and beta are used; without them only the latents are changed by their attention.
+        map_encoder: whether gamma and beta are blended with those of a map encoder (``use_mask_adain`` of the published
+            code). Gamma and beta of every pixel are then kept in memory.
+        map_kernel_size: of the map encoder's convolutions, odd.
+        negative_slope: of the leaky ReLU. Two in a row, as in front of the published convolutions, are one of 0.04.
         empty: what pixels without label, and latents without pixels, attend to: "uniform", all alike, or "zero", none.
         equalised, lr_mul: see :class:`Linear`; the noise's strength is multiplied by lr_mul in any case.
         choice: how it is computed, see :func:`sca_kernels.folding.choose`.
@@ -70,6 +76,9 @@ class SemanticModulation(nn.Module):
         normalisation: Literal["instance", "layer", "batch"] = "instance",
         noise: bool = True,
         modulate: bool = True,
+        map_encoder: bool = False,
+        map_kernel_size: int = 3,
+        negative_slope: float = NEGATIVE_SLOPE,
         empty: Empty = "uniform",
         equalised: bool = False,
         lr_mul: float = 1.0,
@@ -82,6 +91,7 @@ class SemanticModulation(nn.Module):
         settings: dict[str, Any] = {"equalised": equalised, "lr_mul": lr_mul}
         self.layout, self.modulate, self.empty = layout, modulate, empty
         self.normalisation, self.lr_mul, self.eps, self.choice = normalisation, lr_mul, eps, choice
+        self.negative_slope = negative_slope
         self.attention = AttentionLayers(channels, latent_dim, attention_dim, num_heads, **settings)
         self.gamma = Linear(channels, channels, **settings)
         self.beta = Linear(channels, channels, **settings)
@@ -98,6 +108,10 @@ class SemanticModulation(nn.Module):
             )
         self.batch_norm = nn.BatchNorm2d(channels, eps, affine=False) if normalisation == "batch" else None
         self.noise_strength = nn.Parameter(torch.zeros(channels)) if noise else None
+        self.map_encoder: MapEncoder | None = None
+        if map_encoder:
+            self.map_encoder = MapEncoder(layout, channels, kernel_size=map_kernel_size, **settings)
+            self.gamma_blend, self.beta_blend = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
 
     def forward(
         self, x: Tensor, labels: LabelMap, latents: Tensor, *, noise: Tensor | None = None
@@ -122,13 +136,16 @@ class SemanticModulation(nn.Module):
         settings: dict[str, Any] = {
             "stats": self._statistics(x, mean, variance, table_dtype),
             "eps": self.eps,
-            "negative_slope": NEGATIVE_SLOPE,
+            "negative_slope": self.negative_slope,
         }
         if self.noise_strength is not None:
             settings["noise"] = _draw_noise(x, table_dtype) if noise is None else noise
             settings["noise_strength"] = self.noise_strength.to(table_dtype) * self.lr_mul
         if not self.modulate:
             return instance_modulate(x, **settings), latents
+        if self.map_encoder is not None:
+            gamma, beta = self._blend(self.map_encoder, x, labels, latents)
+            return instance_modulate(x, gamma, beta, **settings), latents
         out = modulate_by_latents(
             x,
             latents,
@@ -144,6 +161,43 @@ class SemanticModulation(nn.Module):
             **settings,
         )
         return out, latents
+
+    def attention_weights(self, x: Tensor, labels: LabelMap, latents: Tensor) -> Tensor:
+        """How much each pixel attends to each latent of its label, see :func:`sca_kernels.folding.attention_weights`.
+
+        Args:
+            x, labels: as given to the module.
+            latents: as it returned them.
+
+        Returns:
+            (B, H, k, height, width).
+        """
+        return attention_weights(
+            x, latents, self.layout, labels, self.attention.projections, encoding=encoding_of(x, x.shape[1])
+        )
+
+    def _blend(self, encoder: MapEncoder, x: Tensor, labels: LabelMap, latents: Tensor) -> list[Tensor]:
+        """Gamma and beta of every pixel (B, C, height, width)."""
+        labels = labels.at(*x.shape[2:])
+        attended = pixels_attend_to_latents(
+            x,
+            latents,
+            self.layout,
+            labels,
+            self.attention.projections,
+            encoding=encoding_of(x, x.shape[1]),
+            empty=self.empty,
+            choice=self.choice,
+            cache=self.attention.cache,
+        )
+        is_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
+        blended = []
+        layers, blends = (self.gamma, self.beta), (self.gamma_blend, self.beta_blend)
+        for layer, blend, of_map in zip(layers, blends, encoder(labels, memory_format=memory_format), strict=True):
+            share = (blend * self.lr_mul).sigmoid().to(x.dtype)
+            blended.append(torch.lerp(of_map.to(x.dtype).expand_as(x), layer.per_pixel(attended), share))
+        return blended
 
     def _statistics(
         self, x: Tensor, mean: Tensor | None, variance: Tensor | None, dtype: torch.dtype
