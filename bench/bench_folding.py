@@ -21,14 +21,14 @@ from sca_kernels.folding import (
     Choice,
     FoldingCache,
     Projection,
-    SeparableEncoding,
     latents_attend_to_pixels,
     modulate_by_latents,
 )
+from sca_kernels.nn import sinusoidal_encoding
 
 from . import label_maps, timing
-from .feature_maps import NEGATIVE_SLOPE, without_gradient_at_kinks
-from .published import ATTENTION_WIDTH, STYLE_WIDTH, MaskedAttention, noticeable, position_tables
+from .feature_maps import NEGATIVE_SLOPE, noticeable, without_gradient_at_kinks
+from .published import ATTENTION_WIDTH, STYLE_WIDTH, MaskedAttention
 from .races import PASSES
 from .report import Goal
 from .run import Run
@@ -101,11 +101,11 @@ class Layer(nn.Module):
         self.encoded = IMAGE_POSITION if channels == 3 else channels
         source = channels + IMAGE_POSITION if channels == 3 else channels
         if what == "modulate":
-            self.attention = MaskedAttention(channels, STYLE_WIDTH, 1)
+            self.attention = MaskedAttention(channels, STYLE_WIDTH, ATTENTION_WIDTH, 1)
             self.gamma, self.beta = nn.Linear(channels, channels), nn.Linear(channels, channels)
             self.noise_strength = nn.Parameter(torch.randn(channels))
         else:
-            self.attention = MaskedAttention(STYLE_WIDTH, source, 1)
+            self.attention = MaskedAttention(STYLE_WIDTH, source, ATTENTION_WIDTH, 1)
         self.layout = LatentLayout.uniform(configuration.num_labels, LATENTS)
         self.labels = configuration.label_map.at(*size)
         self.x = nn.Parameter(torch.randn(1, channels, *size))
@@ -127,8 +127,8 @@ class Layer(nn.Module):
 
     def forward(self, choice: Choice, cache: FoldingCache | None) -> Tensor:
         height, width = self.x.shape[2:]
-        tables = position_tables(self.encoded, height, width, self.x.dtype)
-        encoding = SeparableEncoding(*tables, concatenated=self.encoded != self.x.shape[1])
+        concatenated = self.encoded != self.x.shape[1]
+        encoding = sinusoidal_encoding(height, width, self.encoded, concatenated=concatenated, dtype=self.x.dtype)
         # The published keys come from v_linear.
         attention = AttentionProjections(
             *(

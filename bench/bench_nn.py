@@ -3,14 +3,17 @@
 * ``ours``: :class:`sca_kernels.nn.SemanticModulation` with a label map that is new in every call, as if it came with a
   new image, and has the image's resolution; it is :func:`bench.label_maps.parts`, twenty parts of a photograph.
   ``ours, all labels``: with :func:`bench.label_maps.regions`, in which all labels occur (at 8 x 8 as many as fit).
-* ``published``: :class:`bench.published.PublishedModulation` with the first map. Its mask of all latents, which has the
+* ``published``: :class:`bench.published.SCAMModulation` with the first map. Its mask of all latents, which has the
   image's resolution, is made beforehand. It takes equally long for any map. ``compiled``: that under ``torch.compile``.
+
+All get the same noise, which is drawn beforehand.
 
 Forward is inference: no gradients are recorded, and ours may remember products of weights.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,17 +27,8 @@ from sca_kernels import LabelMap, LatentLayout
 from sca_kernels.nn import SemanticModulation
 
 from . import label_maps
-from .feature_maps import without_gradient_at_kinks
-from .published import (
-    ATTENTION_WIDTH,
-    NEGATIVE_SLOPE,
-    STYLE_WIDTH,
-    MaskedAttention,
-    PublishedModulation,
-    mask_of_latents,
-    noticeable,
-    position,
-)
+from .feature_maps import noticeable, without_gradient_at_kinks
+from .published import ATTENTION_WIDTH, STYLE_WIDTH, SameLabel, SCAMModulation, mask_of_latents
 from .races import PASSES
 from .report import Goal
 from .run import Run
@@ -75,6 +69,25 @@ RENAMED = {
 Modulation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+class PublishedModulation(SCAMModulation):
+    """The published module at the sizes of the published configurations, with given noise (1, width, height, 1)."""
+
+    def __init__(self, channels: int, latents: int, duplex: bool, noise: Tensor) -> None:
+        super().__init__(
+            num_labels=latents,
+            feature_map_dim=channels,
+            style_dim=STYLE_WIDTH,
+            attention_latent_dim=ATTENTION_WIDTH,
+            kernel_size=3,
+            num_heads=1,
+            attention_type=KINDS[duplex],
+        )
+        self.noise = noise
+
+    def draw_noise(self, x: Tensor) -> Tensor:
+        return self.noise
+
+
 @dataclass(frozen=True)
 class Problem:
     """One modulation to compute.
@@ -82,7 +95,6 @@ class Problem:
     Attributes:
         published: the published module, which holds the weights.
         x, latents: what takes gradients besides the weights.
-        noise: (1, 1, side, side).
         labels: (1, IMAGE_SIDE, IMAGE_SIDE), of the image.
         layout: of the latents.
         gradients: of the results, for backward to start from.
@@ -93,7 +105,6 @@ class Problem:
     published: PublishedModulation
     x: Tensor
     latents: Tensor
-    noise: Tensor
     labels: Tensor
     layout: LatentLayout
     gradients: tuple[Tensor, Tensor]
@@ -148,7 +159,7 @@ def test_modulation(run: Run, channels: int, side: int, num_labels: int, duplex:
     weights = list(published.parameters())
 
     def published_by(forward: Callable[..., tuple[Tensor, Tensor]]) -> Modulation:
-        return lambda x, latents: forward(x, mask, latents, problem.noise)
+        return lambda x, latents: forward(x, mask, latents)
 
     is_compiled = (channels, side, num_labels) in COMPILED
     compiled = published_by(run.compile(published.forward)) if is_compiled else None
@@ -173,64 +184,6 @@ def test_modulation(run: Run, channels: int, side: int, num_labels: int, duplex:
         )
 
 
-@pytest.mark.parametrize("duplex", KINDS, ids=KINDS.get)
-@pytest.mark.parametrize("num_heads", [1, 4])
-def test_published_formulation(duplex: bool, num_heads: int) -> None:
-    """What ours is compared with is the published formula, and what both are checked against is the same by label.
-
-    Label 2 is absent and some pixels have no label: these latents and pixels attend to everything alike.
-    """
-    channels, height, width, layout = 8, 4, 6, LatentLayout((2, 3, 2))
-    torch.manual_seed(0)
-    module = PublishedModulation(channels, layout.count, duplex=duplex, num_heads=num_heads).double()
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    x, noise = torch.randn(1, channels, height, width).double(), torch.randn(1, 1, height, width).double()
-    latents = torch.randn(1, layout.count, STYLE_WIDTH).double()
-    labels = torch.randint(-1, 2, (1, 2 * height, 2 * width))
-    latent_labels = layout.labels(torch.device("cpu"))
-    out, new_latents = module(x, mask_of_latents(labels, latent_labels).double(), latents, noise)
-
-    pixel_labels = labels[0, ::2, ::2].flatten()
-    encoded = (x[0] + position(channels, height, width, torch.float64)).flatten(1).mT
-    if duplex:
-        transformer = module.image_to_latent
-        attended = _attend_one_by_one(transformer.attention, latents[0], encoded, latent_labels, pixel_labels)
-        middle = transformer.ln_1(attended + latents)
-        expected_latents = transformer.ln_2(transformer.fc(middle) + middle)
-    else:
-        expected_latents = module.fc_itl(latents)
-    attended = _attend_one_by_one(module.latent_to_image, encoded, expected_latents[0], pixel_labels, latent_labels)
-    gamma, beta = (linear(attended).mT.reshape(x.shape) for linear in (module.mlp_lti_gamma, module.mlp_lti_beta))
-    variance, mean = torch.var_mean(x, (2, 3), correction=0, keepdim=True)
-    modulated = (1 + gamma) * (x - mean) / (variance + 1e-5).sqrt() + beta + module.noise_var.view(1, -1, 1, 1) * noise
-    torch.testing.assert_close(new_latents, expected_latents)
-    torch.testing.assert_close(out, F.leaky_relu(modulated, NEGATIVE_SLOPE))
-    by_label = module.by_label(x, pixel_labels[None], latent_labels[None], latents, noise)
-    torch.testing.assert_close(by_label, (out, new_latents))
-
-
-def _attend_one_by_one(
-    layers: MaskedAttention, to: Tensor, source: Tensor, to_labels: Tensor, source_labels: Tensor
-) -> Tensor:
-    """One token after the other attends to those of its label, or to all alike if there are none."""
-    width = ATTENTION_WIDTH // layers.num_heads
-    query, key, value = layers.q_linear(to), layers.v_linear(source), layers.k_linear(source)
-    rows = []
-    for token, label in enumerate(to_labels):
-        same = (source_labels == label).nonzero()[:, 0]
-        heads = []
-        for head in range(layers.num_heads):
-            columns = slice(head * width, (head + 1) * width)
-            if len(same) == 0:
-                heads.append(value[:, columns].mean(0))
-                continue
-            weights = (key[same, columns] @ query[token, columns] / width**0.5).softmax(0)
-            heads.append(weights @ value[same, columns])
-        rows.append(layers.out(torch.cat(heads)))
-    return torch.stack(rows)
-
-
 def _problem(
     labels_of: Callable[[int, int, int], Tensor],
     num_labels: int,
@@ -241,25 +194,25 @@ def _problem(
 ) -> Problem:
     torch.manual_seed(0)
     layout = LatentLayout.uniform(num_labels, LATENTS)
-    published = PublishedModulation(channels, layout.count, duplex=duplex)
+    published = PublishedModulation(channels, layout.count, duplex, torch.randn(1, side, side, 1))
     nn.init.normal_(published.noise_var)
     _keep_from_kinks(published)
     labels = labels_of(image_side, image_side, num_labels)
-    x, noise = torch.randn(1, channels, side, side), torch.randn(1, 1, side, side)
+    x = torch.randn(1, channels, side, side)
     latents = torch.randn(1, layout.count, STYLE_WIDTH)
 
-    exact = PublishedModulation(channels, layout.count, duplex=duplex).double()
-    exact.load_state_dict(published.state_dict())
+    exact = copy.deepcopy(published).double()
     leaves = [tensor.double().requires_grad_() for tensor in (x, latents)]
     pixel_labels, latent_labels = _resized(labels, side, side).flatten(1), layout.labels(x.device)[None]
-    results = exact.by_label(leaves[0], pixel_labels, latent_labels, leaves[1], noise.double())
+    masks = SameLabel(latent_labels, pixel_labels), SameLabel(pixel_labels, latent_labels)
+    results = exact.exchange(*leaves, *masks)
     starts = torch.randn_like(x), torch.randn_like(latents)
     without_gradient_at_kinks(starts[0], results[0])
     leaves += exact.parameters()
     gradients = torch.autograd.grad(results, leaves, [start.double() for start in starts])
     compared = noticeable(gradients)
     expected = (*(result.detach() for result in results), *(gradients[index] for index in compared))
-    return Problem(published, x, latents, noise, labels, layout, starts, compared, expected)
+    return Problem(published, x, latents, labels, layout, starts, compared, expected)
 
 
 def _keep_from_kinks(published: PublishedModulation) -> None:
@@ -278,13 +231,14 @@ def _keep_from_kinks(published: PublishedModulation) -> None:
 def _ours(name: str, problem: Problem, duplex: bool, backward: bool) -> Contender:
     channels, num_labels = problem.x.shape[1], problem.layout.num_labels
     module = SemanticModulation(problem.layout, channels, STYLE_WIDTH, ATTENTION_WIDTH, duplex=duplex)
-    parameters = {_renamed(name): parameter for name, parameter in problem.published.state_dict().items()}
+    parameters = {_renamed(name): parameter for name, parameter in problem.published.named_parameters()}
+    noise = problem.published.noise.transpose(1, 3)
     module.load_state_dict(parameters)
     module.train(backward)
     own = dict(module.named_parameters())
 
     def modulate(x: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-        out, new_latents = module(x, LabelMap(problem.labels, num_labels), latents, noise=problem.noise)
+        out, new_latents = module(x, LabelMap(problem.labels, num_labels), latents, noise=noise)
         return out, new_latents
 
     return problem.entry(name, modulate, [own[name] for name in parameters], backward)

@@ -11,15 +11,19 @@ def blocked_pairs(query_labels: Tensor, key_labels: Tensor) -> Tensor:
     return query_labels[:, None, :, None] != key_labels[:, None, None, :]
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor) -> Tensor:
-    """Attention over (B, H, N, D) in which blocked pairs get a large negative logit.
+def attention_weights(query: Tensor, key: Tensor, blocked: Tensor | None = None) -> Tensor:
+    """The weights (B, H, Nq, Nk) of attention in which blocked pairs get a large negative logit.
 
     That the number is finite matters: a query of which all pairs are blocked gets the mean of all
     values, as the published models do.
     """
     logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-    weights: Tensor = logits.masked_fill(blocked, -1e4).softmax(-1)
-    return weights @ value
+    return (logits if blocked is None else logits.masked_fill(blocked, -1e4)).softmax(-1)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor) -> Tensor:
+    """Attention over (B, H, N, D), with the weights of :func:`attention_weights`."""
+    return attention_weights(query, key, blocked) @ value
 
 
 def attention_by_label(query: Tensor, key: Tensor, value: Tensor, query_labels: Tensor, key_labels: Tensor) -> Tensor:

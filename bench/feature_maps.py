@@ -180,6 +180,14 @@ def without_gradient_at_kinks(gradient: Tensor, out: Tensor) -> None:
     gradient.masked_fill_(out.abs() < 1e-4, 0)
 
 
+def noticeable(gradients: Sequence[Tensor]) -> list[int]:
+    """Which of the exact gradients are not zero up to rounding.
+
+    That of a key's bias always is, which softmax does not see; and that of queries where every label has one pixel.
+    """
+    return [index for index, gradient in enumerate(gradients) if gradient.abs().max() > 1e-10]
+
+
 def ours(problem: Problem, *, plan_counted: bool = False) -> Compute:
     """The operator of this library. The log-sum-exp is left out of the results: it may be infinite."""
     layout, noise = problem.layout, problem.noise
