@@ -217,8 +217,8 @@ def _fold_values(call: Call, rows: Tensor) -> tuple[list[list[Tensor]], list[Ten
         return [[linear(rows, *layer) for layer in layers] for layers, _ in by_result], [bias for _, bias in by_result]
 
     inner = value.apply(rows)
+    folded: list[list[Tensor]] = []
     if order == "out" or not tails:
-        folded = []
         for weight, _ in (layers_behind := _layers_behind_value_once(call)):
             pairs = zip(inner.chunk(heads, -1), weight.chunk(heads, 1), strict=True)
             folded.append([linear(head, part) for head, part in pairs])
@@ -231,7 +231,7 @@ def _fold_values(call: Call, rows: Tensor) -> tuple[list[list[Tensor]], list[Ten
     if out_bias is not None:
         # One row more costs less than another product with the same weight, and its gradient.
         attended[0] = torch.cat([attended[0], out_bias.unsqueeze(0)])
-    folded, biases = [], list[Tensor | None]()
+    biases: list[Tensor | None] = []
     for tail in tails:
         results = [linear(times(head, tail.weight_scale), tail.weight) for head in attended]
         bias = tail.scaled_bias
