@@ -16,6 +16,7 @@ from .encoder import Encoder, EncoderBlock
 from .generator import Generator, GeneratorBlock, ImageLayer
 from .latents import DistributionLayer, LatentDistribution, Latents, take_latents
 from .model import Scam, StrongestLatents
+from .published import load_published_state_dict, published_state_dict
 
 __all__ = [
     "DistributionLayer",
@@ -34,6 +35,8 @@ __all__ = [
     "ade20k",
     "celebamask_hq",
     "idesigner",
+    "load_published_state_dict",
+    "published_state_dict",
     "take_latents",
     "tiny",
 ]
