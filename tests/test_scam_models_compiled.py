@@ -9,6 +9,8 @@ import pytest
 import torch
 from test_scam_models import ENCODER, GENERATOR, gradients_of, make_inputs, make_model
 from tokens import error_ratio
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from scam_models import Scam
 
@@ -29,9 +31,9 @@ def counting_plans(made: list[int]) -> Any:
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         made.append(sum("label_plan" in str(node.target) for node in graph.graph.nodes))
-        return torch._functorch.aot_autograd.make_boxed_func(graph.forward)
+        return make_boxed_func(graph.forward)
 
-    return torch._dynamo.backends.common.aot_autograd(fw_compiler=compile_graph)
+    return aot_autograd(fw_compiler=compile_graph)
 
 
 @pytest.mark.parametrize("name", MODELS)
