@@ -17,9 +17,10 @@ Fails:
   do not fit the masks.
 * ``split_latents`` with ``use_vae`` in evaluation mode: the encoder's means are every second part of a tensor, which
   cannot be viewed in another shape. In training it works.
-* ``kernel_size`` even: each convolution adds a row and a column, so images of "skip" blocks no longer fit each other.
-  With the other architectures the image gets a row and a column too many.
-* Channels that four does not divide: the position has other channels than the features.
+* ``kernel_size`` even: each convolution adds a row and a column, so the branches of "skip" and "resnet" no longer fit
+  each other. With "none" the image has a row and a column too many.
+* Channels that four does not divide, so also ``num_filters_last_layer`` and ``positional_embedding_dim``: the position
+  has another number of channels.
 * ``num_heads`` that does not divide ``attention_latent_dim``.
 * "InstanceNorm" of a single pixel, and images whose smaller side is less than 2 * 2^num_up_layers.
 * ``image_conv=False`` with a label map of another size than the image: it is not resized there.
@@ -29,6 +30,10 @@ Fails:
 Unexpected:
 
 * Keys come from ``v_linear``, values from ``k_linear``.
+* A pixel without label, and a latent whose label is absent, attends to everything alike.
+* The layer norms of the latents are over all latents of an image together, so their size is the number of latents.
+* Each convolution of a block applies a leaky ReLU to what the modulation put through one already.
+* Noise is drawn in evaluation mode too.
 * An unknown ``architecture`` is taken for "none", here an error. An unknown ``attention_type`` is taken for "simplex".
 * The last block sees the mask (``use_mask_adain``) if ``num_up_layers_with_mask_adain`` is ``num_up_layers - 1``, but
   not if it is ``num_up_layers``.

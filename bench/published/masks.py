@@ -9,8 +9,8 @@ from torch import Tensor
 def mask_of_latents(pixel_labels: Tensor, latent_labels: Tensor) -> Tensor:
     """What the modulation takes: (B, H, W) and (m) labels to (B, m, H, W), one where a pixel has a latent's label.
 
-    With labels 0, 1, 2, ... for ``latent_labels`` it is the one-hot map that the encoder and the generator take. A pixel
-    with a label below zero has none.
+    With labels 0, 1, 2, ... for ``latent_labels`` it is the one-hot map that the encoder and the generator take. Pixels
+    with a label below zero have none.
     """
     return (pixel_labels.unsqueeze(1) == latent_labels[:, None, None]).float()
 
