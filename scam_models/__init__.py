@@ -12,21 +12,17 @@ from .configurations import (
     idesigner,
     tiny,
 )
-from .encoder import Encoder, EncoderBlock
-from .generator import Generator, GeneratorBlock, ImageLayer
-from .latents import DistributionLayer, LatentDistribution, Latents, take_latents
+from .encoder import Encoder
+from .generator import Generator
+from .latents import LatentDistribution, Latents, take_latents
 from .model import Scam, StrongestLatents
 from .published import load_published_state_dict, published_state_dict
 
 __all__ = [
-    "DistributionLayer",
     "Encoder",
-    "EncoderBlock",
     "EncoderConfiguration",
     "Generator",
-    "GeneratorBlock",
     "GeneratorConfiguration",
-    "ImageLayer",
     "LatentDistribution",
     "Latents",
     "Scam",

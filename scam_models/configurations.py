@@ -321,9 +321,7 @@ def _check_heads(configuration: EncoderConfiguration | GeneratorConfiguration, *
     for name in names:
         heads = getattr(configuration, name)
         if heads < 1 or configuration.attention_dim % heads:
-            raise ValueError(
-                f"{name}: expected a divisor of attention_dim={configuration.attention_dim}, got {heads}"
-            )
+            raise ValueError(f"{name}: expected a divisor of attention_dim={configuration.attention_dim}, got {heads}")
 
 
 def _check_divisible_by_four(name: str, channels: int) -> None:

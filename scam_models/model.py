@@ -22,6 +22,11 @@ class StrongestLatents(NamedTuple):
     Attributes:
         latent: (B, height, width) int64, its number, -1 for a pixel whose label has none.
         weight: (B, height, width), how much it attends to it, from 0 to 1.
+
+    Example:
+        >>> strongest = StrongestLatents(torch.tensor([[[3, -1]]]), torch.tensor([[[0.5, 0.0]]]))
+        >>> int(strongest.latent.max())
+        3
     """
 
     latent: Tensor

@@ -27,6 +27,7 @@ from scam_models import (
     take_latents,
     tiny,
 )
+from scam_models.generator import GeneratorBlock
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -156,7 +157,7 @@ def test_channels_last_memory(name):
     model.to(memory_format=torch.channels_last)
     orders = []
     for part in model.modules():
-        if isinstance(part, scam_models.GeneratorBlock):
+        if isinstance(part, GeneratorBlock):
             part.register_forward_hook(
                 lambda _, inputs, results: orders.append(results[0].is_contiguous(memory_format=torch.channels_last))
             )
