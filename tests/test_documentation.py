@@ -14,14 +14,20 @@ from typing import Any
 import pytest
 
 import sca_kernels
+import scam_models
 
+PACKAGES = (sca_kernels, scam_models)
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def modules() -> list[ModuleType]:
-    names = [module.name for module in pkgutil.walk_packages(sca_kernels.__path__, "sca_kernels.")]
+    names = [
+        module.name
+        for package in PACKAGES
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
     # The compiled library has no docstrings, and the one that the others use may be elsewhere.
-    return [sca_kernels, *(importlib.import_module(name) for name in names if not name.endswith("._native"))]
+    return [*PACKAGES, *(importlib.import_module(name) for name in names if not name.endswith("._native"))]
 
 
 def examples() -> list[doctest.DocTest]:
@@ -37,13 +43,14 @@ def test_docstring(example: doctest.DocTest) -> None:
     assert not failures, "".join(failures)
 
 
-def public() -> list[str]:
-    return [name for name in sca_kernels.__all__ if callable(getattr(sca_kernels, name))]
+def public() -> dict[str, Any]:
+    found = {f"{package.__name__}.{name}": getattr(package, name) for package in PACKAGES for name in package.__all__}
+    return {name: value for name, value in found.items() if callable(value)}
 
 
 @pytest.mark.parametrize("name", public())
 def test_public_names_have_an_example(name: str) -> None:
-    documented = inspect.getdoc(getattr(sca_kernels, name))
+    documented = inspect.getdoc(public()[name])
     assert documented is not None
     assert doctest.DocTestParser().get_examples(documented)
 

@@ -33,6 +33,7 @@ from .cache import FoldingCache
 from .cost import RATES, Choice, FoldingChoice, FoldingProblem, Rates, choose, estimate
 from .functions import (
     Attended,
+    attention_weights,
     latents_attend_to_latents,
     latents_attend_to_pixels,
     modulate_by_latents,
@@ -51,6 +52,7 @@ __all__ = [
     "Projection",
     "Rates",
     "SeparableEncoding",
+    "attention_weights",
     "choose",
     "estimate",
     "latents_attend_to_latents",

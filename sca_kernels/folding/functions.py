@@ -15,7 +15,14 @@ from .cache import FoldingCache
 from .calls import Empty, folding_type, prepare
 from .cost import Choice
 from .layers import AttentionProjections, Projection, SeparableEncoding
-from .rows import fold_for_latents, fold_for_pixels, project_for_latents, project_for_pixels, project_for_themselves
+from .rows import (
+    fold_for_latents,
+    fold_for_pixels,
+    project_for_latents,
+    project_for_pixels,
+    project_for_themselves,
+    weights_for_pixels,
+)
 
 
 class Attended(NamedTuple):
@@ -287,6 +294,55 @@ def modulate_by_latents(
             empty_scale=rows.of_empty[0],
             empty_shift=rows.of_empty[1],
             **settings,
+        )
+
+
+def attention_weights(
+    x: Tensor,
+    latents: Tensor,
+    layout: LatentLayout,
+    labels: LabelMap,
+    attention: AttentionProjections,
+    *,
+    encoding: SeparableEncoding | None = None,
+) -> Tensor:
+    """How much each pixel attends to each latent of its label, to look at.
+
+        weight_phj = softmax_j(scale <query(x_p + e_p)_h, key(z_j)_h>)
+
+    over the latents j of the label of pixel p, where e is the encoding (concatenated, if it is that kind).
+
+    Args:
+        x, latents, layout, labels, attention, encoding: as in :func:`pixels_attend_to_latents`.
+
+    Returns:
+        (B, H, k, height, width) for k = ``layout.max_per_label``, in float32, or float64 where x, latents or a weight
+        are. Latent i of a label has plane i; the planes that a label has no latent for are zero, and all of a pixel
+        without latents.
+
+    Types: as in :func:`pixels_attend_to_latents`.
+
+    Gradients: of x, latents and the layers of query and key.
+
+    Raises:
+        ValueError: if shapes do not agree.
+
+    Backends: those of :func:`sca_kernels.semantic_cross_attention`.
+
+    Example:
+        >>> import torch
+        >>> layers = [Projection(torch.randn(8, width)) for width in (3, 6, 6)]
+        >>> attention = AttentionProjections(*layers, Projection(torch.randn(3, 8)))
+        >>> labels = LabelMap.from_labels(torch.tensor([[0, 0], [0, 1]]), num_labels=2)
+        >>> latents, x = torch.randn(1, 5, 6), torch.randn(1, 3, 2, 2)
+        >>> weights = attention_weights(x, latents, LatentLayout((4, 1)), labels, attention)
+        >>> weights.shape, weights[0, 0, :, 1, 1].tolist()
+        (torch.Size([1, 1, 4, 2, 2]), [1.0, 0.0, 0.0, 0.0])
+    """
+    _check("attend", x, latents, layout, labels, attention, encoding, "zero")
+    with without_autocast(x.device):
+        return weights_for_pixels(
+            prepare("attend", x, latents, layout, labels, attention, (), encoding, "zero", "projected", None)
         )
 
 

@@ -217,8 +217,8 @@ def _fold_values(call: Call, rows: Tensor) -> tuple[list[list[Tensor]], list[Ten
         return [[linear(rows, *layer) for layer in layers] for layers, _ in by_result], [bias for _, bias in by_result]
 
     inner = value.apply(rows)
+    folded: list[list[Tensor]] = []
     if order == "out" or not tails:
-        folded = []
         for weight, _ in (layers_behind := _layers_behind_value_once(call)):
             pairs = zip(inner.chunk(heads, -1), weight.chunk(heads, 1), strict=True)
             folded.append([linear(head, part) for head, part in pairs])
@@ -231,7 +231,7 @@ def _fold_values(call: Call, rows: Tensor) -> tuple[list[list[Tensor]], list[Ten
     if out_bias is not None:
         # One row more costs less than another product with the same weight, and its gradient.
         attended[0] = torch.cat([attended[0], out_bias.unsqueeze(0)])
-    folded, biases = [], list[Tensor | None]()
+    biases: list[Tensor | None] = []
     for tail in tails:
         results = [linear(times(head, tail.weight_scale), tail.weight) for head in attended]
         bias = tail.scaled_bias
@@ -297,6 +297,21 @@ def project_for_pixels(call: Call) -> list[Tensor]:
         batch, _, height, width = call.x.shape
         results.append(result.view(result.shape[0], batch, height, width).transpose(0, 1))
     return results
+
+
+def weights_for_pixels(call: Call) -> Tensor:
+    """How much the pixels attend to each latent of their label, (B, H, k, height, width)."""
+    attention, layout, heads = call.attention, call.layout, call.attention.num_heads
+    device = call.latents.device
+    query = attention.query.apply(_pixel_rows(call))
+    key = attention.key._replace(bias=None).apply(call.latents)
+    # Values that are the latents' places among those of their label: the weighted mean of them is the weights.
+    place = torch.arange(layout.count, device=device) - layout.offsets(device)[layout.labels(device).long()]
+    planes = torch.arange(layout.max_per_label, device=device)
+    value = (place.unsqueeze(1) == planes).to(call.dtype).repeat(1, heads)
+    value = value.expand(len(call.latents), -1, -1)
+    weights = _attend(attention, query, key, value, call.labels, layout, "zero")
+    return weights.transpose(1, 2).unflatten(2, call.x.shape[2:]).unflatten(1, (heads, -1))
 
 
 def project_for_themselves(latents: Tensor, layout: LatentLayout, attention: AttentionProjections) -> Tensor:

@@ -1,0 +1,171 @@
+"""SCAM as a whole: reconstruction, and the transfer of subjects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sca_kernels import LabelMap
+
+from .configurations import ScamConfiguration
+from .encoder import Encoder
+from .generator import Generator, GeneratorBlock
+from .latents import Latents, take_latents
+
+
+class StrongestLatents(NamedTuple):
+    """Which latent each pixel attends to most.
+
+    Attributes:
+        latent: (B, height, width) int64, its number, -1 for a pixel whose label has none.
+        weight: (B, height, width), how much it attends to it, from 0 to 1.
+
+    Example:
+        >>> strongest = StrongestLatents(torch.tensor([[[3, -1]]]), torch.tensor([[[0.5, 0.0]]]))
+        >>> int(strongest.latent.max())
+        3
+    """
+
+    latent: Tensor
+    weight: Tensor
+
+
+class Scam(nn.Module):
+    """An encoder and a generator: images to latents for each label, and back.
+
+    Args:
+        encoder: makes the latents that ``generator`` takes.
+        generator: of the same labels.
+
+    Raises:
+        ValueError: if they do not fit together.
+
+    Source: Dufour et al., SCAM!, ECCV 2022.
+
+    Example:
+        >>> from scam_models import tiny
+        >>> model = Scam.from_configuration(tiny())
+        >>> labels = LabelMap.from_labels(torch.randint(0, 3, (2, 64, 64)), num_labels=3)
+        >>> model(torch.rand(2, 3, 64, 64) * 2 - 1, labels).shape
+        torch.Size([2, 3, 64, 64])
+    """
+
+    def __init__(self, encoder: Encoder, generator: Generator) -> None:
+        super().__init__()
+        self.configuration = ScamConfiguration(encoder.configuration, generator.configuration)
+        self.encoder, self.generator = encoder, generator
+
+    @classmethod
+    def from_configuration(cls, configuration: ScamConfiguration) -> Scam:
+        """A model with new weights."""
+        return cls(Encoder(configuration.encoder), Generator(configuration.generator))
+
+    def forward(self, image: Tensor, labels: LabelMap) -> Tensor:
+        """The same as :meth:`reconstruct`."""
+        return self.reconstruct(image, labels)
+
+    def encode(self, image: Tensor, labels: LabelMap) -> Latents:
+        """The latents of images, see :class:`Encoder`."""
+        latents: Latents = self.encoder(image, labels)
+        return latents
+
+    def generate(self, labels: LabelMap, latents: Latents) -> Tensor:
+        """Images from latents, see :class:`Generator`."""
+        image: Tensor = self.generator(labels, latents)
+        return image
+
+    def reconstruct(self, image: Tensor, labels: LabelMap) -> Tensor:
+        """Images from their own latents.
+
+        Args:
+            image: (B, image_channels, height, width), from -1 to 1, of the generator's size.
+            labels: of the same size.
+
+        Returns:
+            like ``image``.
+        """
+        return self.generate(labels, self.encode(image, labels))
+
+    def transfer_subject(
+        self,
+        subject_image: Tensor,
+        subject_labels: LabelMap,
+        background_image: Tensor,
+        background_labels: LabelMap,
+        *,
+        background: int | Iterable[int] = 0,
+    ) -> Tensor:
+        """The subject of one image before the background of another.
+
+        The latents of the background come from ``background_image``, all others from ``subject_image``; the label map
+        is that of the subject.
+
+        Args:
+            subject_image, background_image: (B, image_channels, height, width), from -1 to 1. That of the subject has
+                the generator's size.
+            subject_labels, background_labels: of the sizes of the images.
+            background: the label, or labels, of the background.
+
+        Returns:
+            like ``subject_image``.
+
+        Source: Dufour et al., SCAM!, ECCV 2022, subject transfer.
+
+        Example:
+            >>> from scam_models import tiny
+            >>> model = Scam.from_configuration(tiny())
+            >>> labels = LabelMap.from_labels(torch.randint(0, 3, (2, 64, 64)), num_labels=3)
+            >>> one, other = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+            >>> model.transfer_subject(one, labels, other, labels).shape
+            torch.Size([2, 3, 64, 64])
+        """
+        taken = self.encode(background_image, background_labels)
+        backgrounds = (background,) if isinstance(background, int) else background
+        latents = take_latents(
+            self.encoder.configuration.layout,
+            self.encode(subject_image, subject_labels),
+            {label: taken for label in backgrounds},
+        )
+        return self.generate(subject_labels, latents)
+
+    @torch.no_grad()
+    def strongest_latents(self, labels: LabelMap, latents: Latents) -> StrongestLatents:
+        """Which latent of its label each pixel attends to most, in the last modulation.
+
+        Weights are the mean over heads, see :func:`sca_kernels.folding.attention_weights`.
+
+        Args:
+            labels, latents: as given to the generator.
+
+        Returns:
+            a :class:`StrongestLatents`, of the generator's size.
+
+        Example:
+            >>> from scam_models import tiny
+            >>> model = Scam.from_configuration(tiny())
+            >>> labels = LabelMap.from_labels(torch.full((1, 64, 64), 2), num_labels=3)
+            >>> strongest = model.strongest_latents(labels, torch.randn(1, 12, 32))
+            >>> bool((strongest.latent >= 8).all())  # the latents of label 2 are the last four
+            True
+        """
+        block = self.generator.blocks[-1]
+        assert isinstance(block, GeneratorBlock)
+        weights: list[Tensor] = []
+
+        def look(module: nn.Module, inputs: tuple[Tensor, LabelMap, Tensor], results: tuple[Tensor, Tensor]) -> None:
+            x, map_of_x, _ = inputs
+            weights.append(block.modulation_2.attention_weights(x, map_of_x, results[1]))
+
+        handle = block.modulation_2.register_forward_hook(look)
+        try:
+            self.generator(labels, latents)
+        finally:
+            handle.remove()
+        weight, place = weights[0].mean(1).max(1)
+        layout = self.generator.configuration.layout
+        label = labels.labels.long().expand(len(place), -1, -1)
+        begin = layout.offsets(label.device)[label.clamp(0, layout.num_labels - 1)]
+        return StrongestLatents(torch.where(weight > 0, begin + place, -1), weight)
