@@ -78,8 +78,8 @@ class Integers {
 
 class SemanticCrossAttention {
  public:
-  // capability, threads, scalar type, batch, heads, key width, value width, empty_uniform, lse address, tokens of
-  // query and key, tensors query, key, value, out
+  // capability, threads, scalar type, batch, heads, key width, value width, empty_uniform, addresses of empty_value and
+  // lse, tokens of query and key, tensors query, key, value, out
   SemanticCrossAttention(const py::tuple& arguments, double scale) {
     Integers integers(arguments);
     capability_ = static_cast<int32_t>(integers.next());
@@ -90,6 +90,7 @@ class SemanticCrossAttention {
     call_.key_width = integers.next();
     call_.value_width = integers.next();
     call_.empty_uniform = static_cast<int32_t>(integers.next());
+    call_.empty_value = integers.next_pointer<const void>();
     call_.lse = integers.next_pointer<void>();
     call_.query_tokens = integers.next_tokens();
     call_.key_tokens = integers.next_tokens();
@@ -110,12 +111,13 @@ class SemanticCrossAttention {
     sca_semantic_cross_attention_forward(&call_, capability_);
   }
 
-  // lse gradient address, tensors grad_out, grad_query, grad_key, grad_value
+  // addresses of grad_lse and grad_empty_value, tensors grad_out, grad_query, grad_key, grad_value
   void backward(Address workspace, const py::tuple& arguments) {
     call_.workspace = reinterpret_cast<void*>(workspace);
     Integers integers(arguments);
     sca_semantic_cross_attention_gradients gradients;
     gradients.grad_lse = integers.next_pointer<const void>();
+    gradients.grad_empty_value = integers.next_pointer<void>();
     gradients.grad_out = integers.next_tensor();
     gradients.grad_query = integers.next_tensor();
     gradients.grad_key = integers.next_tensor();

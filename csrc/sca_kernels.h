@@ -37,8 +37,10 @@ struct sca_semantic_cross_attention {
   int64_t batch, heads, key_width, value_width;
   sca_tokens query_tokens, key_tokens;
   sca_tensor query, key, value;
-  sca_tensor out;  // forward: written; backward: read, and only where the keys are pixels
-  void* lse;       // (batch, heads, queries), contiguous; forward: written; backward: read
+  sca_tensor out;           // forward: written; backward: read, and only where the keys are pixels
+  void* lse;                // (batch, heads, queries), contiguous; forward: written; backward: read
+  const void* empty_value;  // (batch, heads, value_width), contiguous, like lse in type: what a query without keys
+                            // takes; null: see empty_uniform
   double scale;
   int32_t empty_uniform;  // a query without keys: 1 takes the mean of all values, 0 takes zero
   int32_t scalar_type;    // of query, key, value, out and their gradients; lse is float, or double with SCA_FLOAT64
@@ -51,6 +53,7 @@ struct sca_semantic_cross_attention_gradients {
   sca_tensor grad_out;
   const void* grad_lse;  // like lse; null when lse took no gradient
   sca_tensor grad_query, grad_key, grad_value;
+  void* grad_empty_value;  // like empty_value
 };
 
 // A feature map of shape (batch, channels, height, width) with any strides.

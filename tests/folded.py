@@ -28,6 +28,14 @@ ALL_OPTIONS = tuple(name for group in MODULATE_OPTIONS for name in group)
 # Five labels with unequal numbers of latents, one of which has none; one label has no pixels, some pixels no label.
 LAYOUT = LatentLayout((3, 1, 0, 2, 5))
 LABELS = random_map(2, 7, 9, 5, without=[3], seed=1)
+# Different labels in each image, so that rows of a selection are left over in the second.
+MAPS = {
+    "one absent": LABELS,
+    "different labels": label_map([[[0, 0, 3, 4]] * 3, [[1, -1, 1, 2]] * 3], 5),
+    "one image has none": label_map([[[0, 4, 3, 1]] * 3, [[-1, 2, 2, -1]] * 3], 5),
+    "none": label_map(torch.full((2, 3, 4), -1), 5),
+    "one map": random_map(1, 3, 4, 5, without=[0, 4]),
+}
 
 
 @dataclasses.dataclass(frozen=True)

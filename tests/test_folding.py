@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import itertools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import published_formulas as published
@@ -14,6 +14,7 @@ import pytest
 import torch
 from tokens import error_ratio, random_map
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import sca_kernels
 from sca_kernels import LabelMap, LatentLayout
@@ -41,7 +42,10 @@ FOLDED = [
     FoldingChoice(True, logits, values, selects)
     for logits, values, selects in itertools.product(("chain", "product"), ("chain", "out", "all"), (False, True))
 ]
-PROJECTED = [FoldingChoice(False, "chain", values) for values in ("chain", "out")]
+PROJECTED = [
+    FoldingChoice(False, "chain", values, selects)
+    for values, selects in itertools.product(("chain", "out"), (False, True))
+]
 
 
 def describe(value: Any) -> str:
@@ -155,7 +159,7 @@ def make_problem(
     latent_dim: int = LATENT_DIM,
     attention_dim: int = ATTENTION_DIM,
     layout: LatentLayout = LAYOUT,
-    without: tuple[int, ...] = (3,),
+    without: Sequence[int] = (3,),
     bias: bool = True,
     lr_mul: float | None = None,
     seed: int = 0,
@@ -326,6 +330,32 @@ def test_one_pixel_and_no_image(use, native):
         assert empty.solve(choice).shape[0] == 0
 
 
+@some_ways
+@each_use
+def test_no_latents(use, choice, native):
+    problem = make_problem(use, layout=LatentLayout((0, 0, 0)), without=())
+    out = problem.solve(choice)
+    assert torch.equal(out, dataclasses.replace(problem, empty="zero").solve(choice)) and out.isfinite().all()
+
+
+SELECTING = [choice for choice in (*FOLDED, *PROJECTED) if choice.selects]
+
+
+@pytest.mark.parametrize("choice", SELECTING, ids=describe)
+@pytest.mark.parametrize("empty", ["uniform", "zero"])
+@each_use
+def test_absent_labels_take_no_products(use, empty, choice, native):
+    """As many multiply-adds, backward included, however many labels there are that four pixels cannot have."""
+    counts = []
+    for num_labels in (5, 50):
+        layout = LatentLayout.uniform(num_labels, 3)
+        problem = make_problem(use, layout=layout, height=2, width=2, without=range(4, num_labels), empty=empty)
+        with FlopCounterMode(display=False) as counter:  # which, like a compiler, reads nothing back
+            problem.solve(choice).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
 def test_latents_that_attend_to_each_other(native):
     problem = make_problem("pool", num_heads=3)
     shapes = {"query": LATENT_DIM, "key": LATENT_DIM, "value": LATENT_DIM}
@@ -494,7 +524,7 @@ def test_what_a_cache_does_not_remember(native):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("choice", ["auto", "projected", SOME_WAYS[2]], ids=describe)
+@pytest.mark.parametrize("choice", ["auto", SOME_WAYS[2], PROJECTED[2], PROJECTED[3]], ids=describe)
 @each_use
 def test_compiled(use, choice, native):
     torch._dynamo.reset()  # the cases share the code that is compiled
@@ -542,6 +572,11 @@ def test_what_is_fastest(use):
     assert not estimate(sizes(use, 4, 1024, 151))[0].folded
     assert estimate(sizes(use, 64, 512, 151, latents=40))[0].selects
     assert not estimate(sizes(use, 256, 64, 3, latents=16))[0].selects
+    small = estimate(sizes(use, 8, 1024, 151, latents=160))
+    assert not small[0].folded and small[0].selects
+    more_labels = estimate(sizes(use, 8, 1024, 1000, latents=160))
+    assert [choice for choice in small if choice.selects] == [choice for choice in more_labels if choice.selects]
+    assert more_labels[0].seconds == small[0].seconds
     trained = estimate(sizes(use, 256, 64, 19, weights_grad=True, latents_grad=True, features_grad=True))
     assert trained[0].seconds > 2 * large[0].seconds
     assert not any(choice.folded for choice in estimate(sizes(use, 256, 64, 19, foldable=False)))

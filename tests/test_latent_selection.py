@@ -12,6 +12,7 @@ from folded import (
     BUILDERS,
     LABELS,
     LAYOUT,
+    MAPS,
     POOL_RESULTS,
     Problem,
     Values,
@@ -38,14 +39,6 @@ from sca_kernels import LabelMap, LatentLayout, LatentSelection, semantic_pool
 operator = pytest.mark.parametrize("operator", BUILDERS)
 either_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
 
-# Different labels in each image, so that rows are left over in the second.
-MAPS = {
-    "one absent": LABELS,
-    "different labels": label_map([[[0, 0, 3, 4]] * 3, [[1, -1, 1, 2]] * 3], 5),
-    "one image has none": label_map([[[0, 4, 3, 1]] * 3, [[-1, 2, 2, -1]] * 3], 5),
-    "none": label_map(torch.full((2, 3, 4), -1), 5),
-    "one map": random_map(1, 3, 4, 5, without=[0, 4]),
-}
 any_map = pytest.mark.parametrize("labels", MAPS)
 
 

@@ -35,6 +35,7 @@ LR_MUL = 0.5
 
 FOLDED = FoldingChoice(True, "product", "all")
 SELECTED = FoldingChoice(True, "chain", "out", selects=True)
+PROJECTED = FoldingChoice(False, "chain", "out", selects=True)
 
 
 def make_inputs(
@@ -134,7 +135,7 @@ def assert_agrees(
             assert error_ratio(got, wanted) <= tolerance, name
 
 
-@pytest.mark.parametrize("choice", ["auto", FOLDED, SELECTED, "projected"], ids=str)
+@pytest.mark.parametrize("choice", ["auto", FOLDED, SELECTED, PROJECTED, "projected"], ids=str)
 @pytest.mark.parametrize("equalised", [False, True])
 @pytest.mark.parametrize("num_heads", [1, 4])
 @pytest.mark.parametrize("duplex", [False, True])
@@ -204,7 +205,7 @@ def test_normalisations(normalisation, duplex, choice):
             torch.testing.assert_close(module.state_dict()[f"batch_norm.{name}"], value)
 
 
-@pytest.mark.parametrize("choice", ["auto", FOLDED, "projected"], ids=str)
+@pytest.mark.parametrize("choice", ["auto", FOLDED, PROJECTED, "projected"], ids=str)
 @pytest.mark.parametrize("encoded", [False, True])
 def test_cross_attention(encoded, choice):
     x, labels, latents, _ = make_inputs()
@@ -221,7 +222,7 @@ def test_cross_attention(encoded, choice):
     assert_agrees((module(x, labels, latents),), (expected,), leaves)
 
 
-@pytest.mark.parametrize("choice", ["auto", FOLDED, SELECTED, "projected"], ids=str)
+@pytest.mark.parametrize("choice", ["auto", FOLDED, SELECTED, PROJECTED, "projected"], ids=str)
 @pytest.mark.parametrize("encoding_channels", [None, 0, 4])
 def test_transformer_of_pixels(encoding_channels, choice):
     x, labels, latents, _ = make_inputs()
@@ -240,7 +241,7 @@ def test_transformer_of_pixels(encoding_channels, choice):
     found = module(latents, x, labels)
     assert_agrees((found,), (expected_transformer(module, latents, x, labels),), leaves)
     _, mean, variance = module.with_moments(latents, x, labels)
-    if choice == "projected":
+    if choice in ("projected", PROJECTED):
         assert mean is None and variance is None
     elif choice != "auto":
         expected = torch.var_mean(x, (2, 3), correction=0)

@@ -588,7 +588,7 @@ def workspace_size(heads: int, query_tokens: Tokens, key_tokens: Tokens, width: 
             groupings += [tensor(places, dtype=torch.int64), None]
     most = [0 if isinstance(tokens, LabelMap) else tokens.max_per_label for tokens in (query_tokens, key_tokens)]
     lse = tensor(1, heads, queries)
-    call = native_semantic_cross_attention._call(query, key, key, query, lse, *groupings, *most, 1.0, "uniform")
+    call = native_semantic_cross_attention._call(query, key, key, None, query, lse, *groupings, *most, 1.0, "uniform")
     return call.workspace_size()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sca_kernels
-from sca_kernels import LabelMap, LatentLayout, cpu, semantic_cross_attention
+from sca_kernels import LabelMap, LatentLayout, LatentSelection, cpu, semantic_cross_attention
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -32,6 +32,12 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu")
 
 def pixels(*shape: int, num_labels: int = 2, device: str = "cpu") -> LabelMap:
     return LabelMap(torch.zeros(shape, dtype=torch.int32, device=device), num_labels)
+
+
+def selection(batch: int = 2, layout: tuple[int, ...] = (5, 3), device: str = "cpu") -> LatentSelection:
+    """The latents of label 0, by default the five keys."""
+    chosen = LatentLayout(layout).present_in(pixels(batch, 3, 4, num_labels=len(layout)))
+    return LatentSelection(chosen.layout, chosen.index.to(device), chosen.cu_latents.to(device))
 
 
 half, double = torch.bfloat16, torch.float64
@@ -139,12 +145,58 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a tensor as query_tokens": (
         {"query_tokens": torch.zeros(2, 3, 4, dtype=torch.int32)},
         TypeError,
-        "query_tokens: expected a LabelMap or a LatentLayout, got Tensor",
+        "query_tokens: expected a LabelMap, a LatentLayout or a LatentSelection, got Tensor",
     ),
     "no key_tokens": (
         {"key_tokens": None},
         TypeError,
-        "key_tokens: expected a LabelMap or a LatentLayout, got NoneType",
+        "key_tokens: expected a LabelMap, a LatentLayout or a LatentSelection, got NoneType",
+    ),
+    "latents of a selection": (
+        {"key_tokens": selection(layout=(4, 3)), "empty": "zero"},
+        ValueError,
+        "key_tokens: expected a selection of 5 latents, the tokens of key, got 4",
+    ),
+    "images of a selection": (
+        {"key_tokens": selection(batch=3), "empty": "zero"},
+        ValueError,
+        "key_tokens: expected a selection for 2 images or for one, got 3",
+    ),
+    "labels of a selection": (
+        {"key_tokens": selection(layout=(5, 3, 1)), "empty": "zero"},
+        ValueError,
+        "key_tokens: expected 2 labels like query_tokens, got 3",
+    ),
+    "device of a selection": (
+        {"key_tokens": selection(device="meta"), "empty": "zero"},
+        ValueError,
+        "key_tokens: expected a selection on cpu like query, got one on meta",
+    ),
+    "a selection with the uniform rule": (
+        {"key_tokens": selection()},
+        ValueError,
+        "empty_value: expected it with a selection of keys and empty='uniform', since that holds not all of the values"
+        " whose mean that is, got None",
+    ),
+    "empty_value of another kind": (
+        {"empty_value": 0.0},
+        TypeError,
+        "empty_value: expected a tensor or None, got float",
+    ),
+    "type of empty_value": (
+        {"empty_value": tensor(2, 3, 6, dtype=double)},
+        TypeError,
+        "empty_value: expected torch.float32 like query, got torch.float64",
+    ),
+    "shape of empty_value": (
+        {"empty_value": tensor(2, 6)},
+        ValueError,
+        "empty_value: expected a shape that broadcasts to (2, 3, 6), got (2, 6)",
+    ),
+    "device of empty_value": (
+        {"empty_value": tensor(2, 3, 6, device="meta")},
+        ValueError,
+        "empty_value: expected a tensor on cpu like query, got one on meta",
     ),
     "device of key": (
         {"key": tensor(2, 3, 5, 8, device="meta")},

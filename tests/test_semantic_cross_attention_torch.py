@@ -64,7 +64,7 @@ def operator_arguments(combination: str, empty: str = "uniform") -> list[Any]:
         else:
             groupings += [tokens.offsets(torch.device("cpu")), None]
             most.append(tokens.max_per_label)
-    return [*problem.inputs, *groupings, *most, 0.5, empty, "cpu"]
+    return [*problem.inputs, None, *groupings, *most, 0.5, empty, "cpu"]
 
 
 @pytest.mark.compiled
@@ -81,13 +81,14 @@ def test_opcheck(combination):
 
 @pytest.mark.compiled
 @combination
-@pytest.mark.parametrize("mask", [(True, True, True), (True, False, False), (False, True, True)])
+@pytest.mark.parametrize("mask", [(True, True, True, False), (True, False, False, False), (False, True, True, False)])
 def test_opcheck_of_backward(combination, mask):
-    query, key, value, *rest = operator_arguments(combination)
-    out, lse = OPERATOR(query, key, value, *rest)
+    arguments = operator_arguments(combination)
+    inputs, rest = arguments[:4], arguments[4:]
+    out, lse = OPERATOR(*inputs, *rest)
     saved_out = None if combination.endswith("latent") else out
     for grad_lse in (None, torch.randn_like(lse)):
-        arguments = (torch.randn_like(out), grad_lse, query, key, value, saved_out, lse, *rest, mask)
+        arguments = (torch.randn_like(out), grad_lse, *inputs, saved_out, lse, *rest, mask)
         torch.library.opcheck(BACKWARD_OPERATOR, arguments)
 
 

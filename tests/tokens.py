@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import sca_kernels
-from sca_kernels import LabelMap, LatentLayout, semantic_cross_attention
+from sca_kernels import LabelMap, LatentLayout, LatentSelection, semantic_cross_attention
 
-Tokens = LabelMap | LatentLayout
+Tokens = LabelMap | LatentLayout | LatentSelection
 
 # Largest error, as a ratio of norms against the reference in float64.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -61,7 +61,7 @@ class FoldedAttention {
 
   Range latents_of(int64_t image, int64_t label) const {
     const ImageTokens latents(call_.latents, image);
-    return label < latents.labels() ? latents.with_label(label) : latents.without_label();
+    return latents.in_group(label);
   }
   // Calls visit(label, positions, positions of the next label) for each label in a chunk, unlabelled pixels last as
   // label labels, and notes which occur.
@@ -224,7 +224,7 @@ class FoldedAttention {
     return range.begin;
   }
   Range positions_in_chunk(const ImageTokens& pixels, int64_t label, int64_t chunk) const {
-    const Range all = label < pixels.labels() ? pixels.with_label(label) : pixels.without_label();
+    const Range all = pixels.in_group(label);
     if (all.size() <= 0) return {0, 0};
     const int64_t begin = first_in_tile(pixels, all, tiles_ * chunk / chunks_);
     return {begin,

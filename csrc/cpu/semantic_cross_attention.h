@@ -183,17 +183,18 @@ class SemanticCrossAttention {
     }
   }
 
-  // uniform = the chunks' sums over the number of keys.
-  void merge_chunk_sums(const sca_tokens& tokens) const {
+  // uniform = the chunks' sums times a factor.
+  void merge_chunk_sums(const sca_tokens& tokens, T factor) const {
     parallel_for(items(1), call_.threads, [&](int64_t index, int) {
       const Item item = split(index, 1);
       T* total = uniform(item);
       fill(total, second_width_);
       for (int64_t c = 0; c < chunks(tokens); ++c) add(chunk_sum(item, c, tokens), T(1), total, second_width_);
-      const T share = call_.key_tokens.count > 0 ? T(1) / static_cast<T>(call_.key_tokens.count) : T(0);
-      scale(share, total, second_width_);
+      scale(factor, total, second_width_);
     });
   }
+  // Of each value in the mean of all.
+  T share() const { return call_.key_tokens.count > 0 ? T(1) / static_cast<T>(call_.key_tokens.count) : T(0); }
 
   bool any_unmatched(const sca_tokens& tokens, const sca_tokens& others) const {
     for (int64_t image = 0; image < call_.batch; ++image) {

@@ -5,7 +5,8 @@ namespace {
 
 // With P = exp(scale * Q K^T - lse) over the pairs of equal label, dP = dO V^T, delta = rowsum(dO * O):
 //     dS = scale * P * (dP - delta + dlse),  dQ = dS K,  dK = dS^T Q,  dV = P^T dO.
-// P and dS are made anew, block by block, from what was saved. A query without keys sends dO / keys to every value.
+// P and dS are made anew, block by block, from what was saved. A query without keys sends dO / keys to every value, or
+// dO to what was given in the place of their mean.
 // delta also is rowsum(P * dP): so it is made where the keys are latents, all in one block, and where the output was
 // rounded to 16 bits, whose error it would carry.
 //
@@ -31,11 +32,12 @@ class Backward : public SemanticCrossAttention<Scalar> {
   void run() {
     const bool latent_keys = are_latents(keys_.tokens), latent_queries = are_latents(queries_.tokens);
     const bool unmatched = Base::any_unmatched(queries_.tokens, keys_.tokens);
-    spread_ = unmatched && call_.empty_uniform && wanted(keys_.second_gradient);
-    if (spread_) {
+    spread_ = unmatched && call_.empty_uniform && !call_.empty_value && wanted(keys_.second_gradient);
+    if (spread_ || gradients_.grad_empty_value) {
       Base::each_chunk(queries_.tokens, [&](const Item& item, Scratch<T>& scratch) { sum_unmatched(item, scratch); });
-      Base::merge_chunk_sums(queries_.tokens);
+      Base::merge_chunk_sums(queries_.tokens, spread_ ? Base::share() : T(1));
     }
+    if (gradients_.grad_empty_value) copy_to_empty_values();
     if (!latent_keys && !kRounded) {
       Base::each_chunk(queries_.tokens, [&](const Item& item, Scratch<T>& scratch) { find_delta(item, scratch); });
     }
@@ -79,6 +81,14 @@ class Backward : public SemanticCrossAttention<Scalar> {
     queries.for_each_label(Base::chunk(queries_.tokens, item.index), [&](int64_t label, Range rows) {
       if (keys.with_label(label).size() == 0) Base::add_rows(grad_out, queries, rows, scratch.row_second, sum);
     });
+  }
+
+  void copy_to_empty_values() const {
+    for (int64_t index = 0; index < Base::items(1); ++index) {
+      T* target = static_cast<T*>(gradients_.grad_empty_value) + index * call_.value_width;
+      Base::fill(target, call_.value_width);
+      Base::add(Base::uniform(Base::split(index, 1)), T(1), target, call_.value_width);
+    }
   }
 
   // delta = rowsum(dO * O)
@@ -170,9 +180,10 @@ class Backward : public SemanticCrossAttention<Scalar> {
       differentiate_chunk<kRowsAreQueries>(item, scratch, rows, columns);
     });
     if (!are_latents(columns.tokens)) return;
-    parallel_for(Base::items(columns.tokens.labels), call_.threads, [&](int64_t index, int thread) {
+    const int64_t groups = columns.tokens.labels + 1;
+    parallel_for(Base::items(groups), call_.threads, [&](int64_t index, int thread) {
       Scratch<T> scratch = Base::scratch(thread);
-      merge_label(Base::split(index, columns.tokens.labels), scratch, rows, columns);
+      merge_label(Base::split(index, groups), scratch, rows, columns);
     });
   }
 
@@ -343,10 +354,11 @@ class Backward : public SemanticCrossAttention<Scalar> {
     }
   }
 
-  // The gradients of one label's latents from the partial results of the chunks, in their order.
+  // The gradients of one label's latents, or of those without a label, from the partial results of the chunks, in their
+  // order.
   void merge_label(const Item& item, Scratch<T>& scratch, const Side& row_side, const Side& column_side) const {
     const ImageTokens row_tokens(row_side.tokens, item.image), latent_tokens(column_side.tokens, item.image);
-    const Range latents = latent_tokens.with_label(item.index);
+    const Range latents = latent_tokens.in_group(item.index);
     const Range rows = row_tokens.with_label(item.index);
     const Range chunks = rows.size() > 0 ? Base::chunks_of(rows) : Range{0, 0};
     const auto merge = [&](const sca_tensor& gradient, T* partials, int64_t width, const T* more, Block<T>& block) {

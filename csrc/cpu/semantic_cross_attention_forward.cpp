@@ -20,17 +20,19 @@ class Forward : public SemanticCrossAttention<Scalar> {
 
   void run() const {
     const sca_tokens &queries = call_.query_tokens, &keys = call_.key_tokens;
-    const bool needs_mean = call_.empty_uniform && Base::any_unmatched(queries, keys);
     const bool by_key = are_latents(queries) && !are_latents(keys);
-    if (needs_mean) {
+    if (call_.empty_value) {
+      copy_empty_values();
+    } else if (call_.empty_uniform && Base::any_unmatched(queries, keys)) {
       Base::each_chunk(keys, [&](const Item& item, Scratch<T>& scratch) { sum_values(item, scratch); });
-      Base::merge_chunk_sums(keys);
+      Base::merge_chunk_sums(keys, Base::share());
     }
     if (by_key) {
       Base::each_chunk(keys, [&](const Item& item, Scratch<T>& scratch) { pool_chunk(item, scratch); });
-      parallel_for(Base::items(queries.labels), call_.threads, [&](int64_t index, int thread) {
+      const int64_t groups = queries.labels + 1;
+      parallel_for(Base::items(groups), call_.threads, [&](int64_t index, int thread) {
         Scratch<T> scratch = Base::scratch(thread);
-        merge_label(Base::split(index, queries.labels), scratch);
+        merge_label(Base::split(index, groups), scratch);
       });
     } else {
       Base::each_chunk(queries, [&](const Item& item, Scratch<T>& scratch) { attend_chunk(item, scratch); });
@@ -47,6 +49,14 @@ class Forward : public SemanticCrossAttention<Scalar> {
     Base::fill(sum, second_width_);
     Base::add_rows(Base::matrix(call_.value, item, call_.value_width), ImageTokens(call_.key_tokens, item.image),
                    Base::chunk(call_.key_tokens, item.index), scratch.row_second, sum);
+  }
+
+  void copy_empty_values() const {
+    for (int64_t index = 0; index < Base::items(1); ++index) {
+      T* row = Base::uniform(Base::split(index, 1));
+      Base::fill(row, second_width_);
+      Base::add(static_cast<const T*>(call_.empty_value) + index * call_.value_width, T(1), row, call_.value_width);
+    }
   }
 
   // The rows are queries: each finds all its keys here, in one block of columns if they are latents, in several with a
@@ -114,7 +124,7 @@ class Forward : public SemanticCrossAttention<Scalar> {
   void write_unmatched(const Item& item, Positions tokens, int64_t count, T* const* targets) const {
     for (int64_t r = 0; r < count; ++r) {
       Base::fill(targets[r], second_width_);
-      if (call_.empty_uniform) Base::add(Base::uniform(item), T(1), targets[r], second_width_);
+      if (call_.empty_value || call_.empty_uniform) Base::add(Base::uniform(item), T(1), targets[r], second_width_);
       lse(item)[tokens[r]] = -std::numeric_limits<T>::infinity();
     }
   }
@@ -200,11 +210,12 @@ class Forward : public SemanticCrossAttention<Scalar> {
     });
   }
 
-  // The result of one label's latents from the partial results of the chunks, in their order.
+  // The result of one label's latents, or of those without a label, from the partial results of the chunks, in their
+  // order.
   void merge_label(const Item& item, Scratch<T>& scratch) const {
     const ImageTokens queries(call_.query_tokens, item.image), keys(call_.key_tokens, item.image);
     const Matrix<Scalar> out = Base::matrix(call_.out, item, call_.value_width);
-    const Range latents = queries.with_label(item.index), pixels = keys.with_label(item.index);
+    const Range latents = queries.in_group(item.index), pixels = keys.with_label(item.index);
     T** target = scratch.row_second.rows;
     for (int64_t latent = latents.begin; latent < latents.end; ++latent) {
       out.locate(queries.at(latent), 1, scratch.row_second.memory, target);

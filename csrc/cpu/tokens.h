@@ -30,7 +30,8 @@ class ImageTokens {
     return label < labels_ ? Range{offsets_[label], offsets_[label + 1]} : Range{0, 0};
   }
 
-  Range without_label() const { return {offsets_[labels_], count_}; }
+  // The same, but as label labels() the tokens without a label.
+  Range in_group(int64_t label) const { return label < labels_ ? with_label(label) : Range{offsets_[labels_], count_}; }
 
   // Calls visit(label, positions) for each label with tokens in `positions`, in order; unlabelled tokens come last, as
   // label labels().

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ..outputs import empty_attention_outputs
 from . import capability, native, prepare_result, scalar_type, thread_count
-
-_ABSENT = (0, 0, 0, 0, 0)  # a tensor that is not there
+from .arguments import ABSENT, address, latent_tokens, pixel_tokens, strided
 
 
 def semantic_cross_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    empty_value: Tensor | None,
     query_offsets: Tensor,
     query_order: Tensor | None,
     key_offsets: Tensor,
@@ -29,8 +29,9 @@ def semantic_cross_attention(
     """Returns the output and the log-sum-exp."""
     out, lse = empty_attention_outputs(query, value)
     prepare_result(out)
+    empty_value = _like_lse(empty_value, lse)
     call = _call(
-        query, key, value, out, lse, query_offsets, query_order, key_offsets, key_order,
+        query, key, value, empty_value, out, lse, query_offsets, query_order, key_offsets, key_order,
         max_query_latents, max_key_latents, scale, empty,
     )  # fmt: skip
     workspace = torch.empty(call.workspace_size(), dtype=torch.uint8)
@@ -44,6 +45,7 @@ def semantic_cross_attention_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    empty_value: Tensor | None,
     out: Tensor | None,
     lse: Tensor,
     query_offsets: Tensor,
@@ -55,14 +57,20 @@ def semantic_cross_attention_backward(
     scale: float,
     empty: str,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key and value; one that ``output_mask`` does not ask for is an empty tensor."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of query, key, value and empty_value.
+
+    One that ``output_mask`` does not ask for is an empty tensor.
+    """
+    *mask, wants_empty_value = output_mask
     gradients = [
         prepare_result(torch.empty_like(tensor)) if wanted else tensor.new_empty(0)
-        for tensor, wanted in zip((query, key, value), output_mask, strict=True)
+        for tensor, wanted in zip((query, key, value), mask, strict=True)
     ]
+    grad_empty_value = lse.new_empty((*value.shape[:2], value.shape[3]) if wants_empty_value else 0)
+    empty_value = _like_lse(empty_value, lse)
     call = _call(
-        query, key, value, out, lse, query_offsets, query_order, key_offsets, key_order,
+        query, key, value, empty_value, out, lse, query_offsets, query_order, key_offsets, key_order,
         max_query_latents, max_key_latents, scale, empty,
     )  # fmt: skip
     workspace = torch.empty(call.workspace_size(), dtype=torch.uint8)
@@ -70,29 +78,31 @@ def semantic_cross_attention_backward(
         grad_out = query.new_zeros(()).expand(*query.shape[:3], value.shape[3])
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    targets = [
-        (gradient.data_ptr(), *gradient.stride()) if wanted else _ABSENT
-        for gradient, wanted in zip(gradients, output_mask, strict=True)
-    ]
+    targets = [strided(gradient) if wanted else ABSENT for gradient, wanted in zip(gradients, mask, strict=True)]
     call.backward(
         workspace.data_ptr(),
         (
-            0 if grad_lse is None else grad_lse.data_ptr(),
-            grad_out.data_ptr(),
-            *grad_out.stride(),
+            address(grad_lse),
+            grad_empty_value.data_ptr() if wants_empty_value else 0,
+            *strided(grad_out),
             *targets[0],
             *targets[1],
             *targets[2],
         ),
     )
     query_gradient, key_gradient, value_gradient = gradients
-    return query_gradient, key_gradient, value_gradient
+    return query_gradient, key_gradient, value_gradient, grad_empty_value.to(query.dtype)
+
+
+def _like_lse(empty_value: Tensor | None, lse: Tensor) -> Tensor | None:
+    return None if empty_value is None else empty_value.to(lse.dtype).contiguous()
 
 
 def _call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    empty_value: Tensor | None,
     out: Tensor | None,
     lse: Tensor,
     query_offsets: Tensor,
@@ -116,25 +126,18 @@ def _call(
             key_width,
             value_width,
             empty == "uniform",
+            address(empty_value),
             lse.data_ptr(),
             *_tokens(queries, query_offsets, query_order, max_query_latents),
             *_tokens(keys, key_offsets, key_order, max_key_latents),
-            query.data_ptr(),
-            *query.stride(),
-            key.data_ptr(),
-            *key.stride(),
-            value.data_ptr(),
-            *value.stride(),
-            *(_ABSENT if out is None else (out.data_ptr(), *out.stride())),
+            *strided(query),
+            *strided(key),
+            *strided(value),
+            *(ABSENT if out is None else strided(out)),
         ),
         scale,
     )
 
 
-def _tokens(count: int, offsets: Tensor, order: Tensor | None, max_per_label: int) -> tuple[int, ...]:
-    if order is None:
-        return count, offsets.shape[0] - 1, offsets.data_ptr(), 0, 0, 0, max_per_label
-    images, places = offsets.shape
-    if images == 1:  # one map for all images
-        return count, places - 1, offsets.data_ptr(), 0, order.data_ptr(), 0, 0
-    return count, places - 1, offsets.data_ptr(), places, order.data_ptr(), count, 0
+def _tokens(count: int, offsets: Tensor, order: Tensor | None, max_latents: int) -> tuple[int, ...]:
+    return latent_tokens(count, offsets, max_latents) if order is None else pixel_tokens(count, offsets, order)

@@ -37,7 +37,7 @@ class Call:
         tails: linear layers behind the attention.
         given: all layers as given, by which products are remembered.
         choice: the way.
-        present: the latents that are folded if the choice selects.
+        present: the latents of labels that are present, if the choice is to use no others.
         cache: remembers products; None if nothing may be remembered.
     """
 
@@ -68,8 +68,8 @@ class Call:
         return self.layout if self.present is None else self.present.selection
 
     @property
-    def folded_latents(self) -> Tensor:
-        """(B, m', D)."""
+    def used_latents(self) -> Tensor:
+        """(B, m', D), those that ``tokens`` tells of."""
         return self.latents if self.present is None else self.present.selection.gather(self.latents)
 
     def once(self, name: str, make: Callable[[], _Made]) -> _Made:
@@ -178,7 +178,7 @@ _presences: weakref.WeakKeyDictionary[LabelMap, dict[LatentLayout, Present]] = w
 def _choose_latents(
     problem: FoldingProblem, choice: Choice, layout: LatentLayout, labels: LabelMap
 ) -> tuple[FoldingChoice, Present | None]:
-    """How a call is computed, and the latents of labels that are present if only they are folded."""
+    """How a call is computed, and the latents of labels that are present if no others are used."""
     reads_back = labels.device.type == "cpu" and not is_recording(labels.labels) and not is_tracing()
     expected = layout.count
     if not isinstance(choice, FoldingChoice):

@@ -77,7 +77,7 @@ class FoldingChoice:
         logits: how folded rows of the logits are made: "chain", W_q^T (W_k z), or "product", (W_q^T W_k) z.
         values: in which order the layers behind the attention are applied to v: "chain", one after the other; "out",
             those behind the value's as one product; "all", the value's included.
-        selects: whether only the latents of labels that are present are folded.
+        selects: whether only the latents of labels that are present are folded, or projected.
         seconds: the estimated time.
     """
 
@@ -186,8 +186,9 @@ def estimate(problem: FoldingProblem) -> list[FoldingChoice]:
         folded values     chain     R d Ct + R d D
         (from pixels)     all       R H D Ct                          and once  d Ct D
         encoding          R H E (height + width), twice for "pool"
-        projected         n Ct d and 2 m D d for "attend" and "modulate", 2 n Ct d and m D d for "pool", then the
-                          output layer, and the further ones on n pixels: chain n T C C, or out n T C d
+        projected         n Ct d and 2 R D d for "attend" and "modulate", then the output layer and the further ones
+                          on n pixels: chain n d C + n T C C, or out n T C d, and once T C C d; 2 n Ct d and 2 R D d
+                          for "pool", the output layer on R rows included
 
     What is done once is free where it is remembered. A product also costs the time to read and write its matrices,
     and a call. The kernels that read the pixels do little arithmetic for each number: their time is counted by number
@@ -206,14 +207,14 @@ def estimate(problem: FoldingProblem) -> list[FoldingChoice]:
     values: tuple[ValuesOrder, ...] = ("chain", "out", "all") if problem.use == "modulate" else ("chain", "all")
     for selects in (False, True) if problem.latents < problem.layout_latents else (False,):
         rows = problem.images * (problem.latents if selects else problem.layout_latents)
+        any_grad = problem.weights_grad or problem.latents_grad or problem.features_grad
+        select = rates.select[any_grad] if selects else 0.0
         for before, behind in product(logits, values) if problem.foldable else ():
-            seconds = _folded_seconds(problem, rows, rates, before, behind)
-            if selects:
-                seconds += rates.select[problem.weights_grad or problem.latents_grad or problem.features_grad]
+            seconds = select + _folded_seconds(problem, rows, rates, before, behind)
             choices.append(FoldingChoice(True, before, behind, selects, seconds))
-    for behind in values[:-1]:
-        seconds = _projected_seconds(problem, rates, behind)
-        choices.append(FoldingChoice(False, "chain", behind, False, seconds))
+        for behind in values[:-1]:
+            seconds = select + _projected_seconds(problem, rows, rates, behind)
+            choices.append(FoldingChoice(False, "chain", behind, selects, seconds))
     return sorted(choices, key=lambda choice: choice.seconds)
 
 
@@ -300,10 +301,9 @@ def _tiles_and_segments(problem: FoldingProblem) -> tuple[int, float]:
     return tiles, tiles * min(present, in_tile, met)
 
 
-def _projected_seconds(problem: FoldingProblem, rates: Rates, values: str) -> float:
+def _projected_seconds(problem: FoldingProblem, rows: int, rates: Rates, values: str) -> float:
     work = _Work(rates)
     pixels = problem.images * problem.height * problem.width
-    latents = problem.images * problem.layout_latents
     width, d, channels = problem.latent_dim, problem.attention_dim, problem.channels
     encoded = channels + problem.encoding if problem.concatenated else channels
     weights_grad, latents_grad, features_grad = problem.weights_grad, problem.latents_grad, problem.features_grad
@@ -313,15 +313,15 @@ def _projected_seconds(problem: FoldingProblem, rates: Rates, values: str) -> fl
     work.elements(2 * pixels * encoded, features_grad)
     work.kernel(pixels * d * problem.latents_per_label * rates.attend[any_grad], tiles, any_grad)
     if problem.use == "pool":
-        work.product(latents, width, d, latents_grad, weights_grad)
+        work.product(rows, width, d, latents_grad, weights_grad)
         for _ in range(2):
             work.product(pixels, encoded, d, features_grad, weights_grad)
-        work.product(latents, d, width, any_grad, weights_grad)
+        work.product(rows, d, width, any_grad, weights_grad)
         return work.seconds
 
     work.product(pixels, encoded, d, features_grad, weights_grad)
     for _ in range(2):
-        work.product(latents, width, d, latents_grad, weights_grad)
+        work.product(rows, width, d, latents_grad, weights_grad)
     tails = 2 if problem.use == "modulate" else 0
     if values == "out":
         for _ in range(tails):

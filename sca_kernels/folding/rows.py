@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..labels import LabelMap, LatentLayout
-from ..ops.semantic_cross_attention import semantic_cross_attention
+from ..labels import LatentLayout
+from ..ops.semantic_cross_attention import Tokens, semantic_cross_attention
 from ..ops.semantic_pool import semantic_pool
 from .calls import Call, Empty
 from .layers import AttentionProjections, Projection, times
@@ -105,7 +105,7 @@ def _multiplied_heads(call: Call, rows: Tensor) -> list[_Head]:
 def fold_for_latents(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """What the latents get (B, m, ...), and the mean and the second moment (B, C) of the features."""
     attention, encoding, present = call.attention, call.encoding, call.present
-    latents = call.folded_latents
+    latents = call.used_latents
     batch, count, _ = latents.shape
     logits = _fold_logits(call, latents)
     pool = semantic_pool(
@@ -172,27 +172,35 @@ class FoldedForPixels(NamedTuple):
 
 def fold_for_pixels(call: Call) -> FoldedForPixels:
     """What the pixels attend to, and what they get from it."""
-    attention, present = call.attention, call.present
     dtype = call.table_dtype
-    latents = call.folded_latents
+    latents = call.used_latents
     batch, count, _ = latents.shape
-    rows = latents.flatten(0, 1)
     logits = _fold_logits(call, latents)
-    empty = call.empty
-    mean_is_needed = present is not None and present.leaves_out_pixels and empty == "uniform"
-    if mean_is_needed:
-        rows = torch.cat([rows, call.latents.mean(1)])  # the mean of linear functions is that of the mean
-    elif present is not None:
-        empty = "zero"
+    rows, with_mean, empty = _rows_of_values(call, latents)
     folded, biases = _fold_values(call, rows)
-    biases[0] = _with_zero_gradient(biases[0], attention.key.bias)
+    biases[0] = _with_zero_gradient(biases[0], call.attention.key.bias)
     values = [_join_heads([head[: batch * count] for head in heads], batch, count).to(dtype) for heads in folded]
     of_empty: list[Tensor | None] = [None] * len(folded)
-    if mean_is_needed:
+    if with_mean:
         of_empty = [_total([head[batch * count :] for head in heads]).to(dtype) for heads in folded]
     return FoldedForPixels(
         logits, values, [None if bias is None else bias.to(dtype) for bias in biases], of_empty, empty
     )
+
+
+def _rows_of_values(call: Call, latents: Tensor) -> tuple[Tensor, bool, Empty]:
+    """Latents (B, m', D) as the rows that values are made of, and how pixels without latents get theirs.
+
+    Returns:
+        the rows (R, D); whether the last B of them are the mean of all latents, which such pixels get; and otherwise
+        by which rule.
+    """
+    rows = latents.flatten(0, 1)
+    if call.present is None:
+        return rows, False, call.empty
+    if call.empty == "zero" or not call.present.leaves_out_pixels or call.layout.count == 0:
+        return rows, False, "zero"
+    return torch.cat([rows, call.latents.mean(1)]), True, "uniform"  # the mean of linear functions is that of the mean
 
 
 def _fold_values(call: Call, rows: Tensor) -> tuple[list[list[Tensor]], list[Tensor | None]]:
@@ -263,12 +271,23 @@ def _layers_behind_value(call: Call) -> list[_Layer]:
 
 def project_for_latents(call: Call) -> Tensor:
     """What the latents get (B, m, ...)."""
-    attention = call.attention
-    pixels = _pixel_rows(call)
+    attention, present = call.attention, call.present
+    pixels, latents = _pixel_rows(call), call.used_latents
     key = attention.key._replace(bias=None).apply(pixels)
-    query, value = attention.query.apply(call.latents), attention.value.apply(pixels)
-    attended = _attend(attention, query, key, value, call.layout, call.labels, call.empty)
-    out = attention.out.apply(attended)
+    query, value = attention.query.apply(latents), attention.value.apply(pixels)
+    # Those of a selection all have pixels, its padding is dropped.
+    empty = call.empty if present is None else "zero"
+    attended = _attend(attention, query, key, value, call.tokens, call.labels, empty)
+    if present is None:
+        out = attention.out.apply(attended)
+    else:
+        batch, count, width = attended.shape
+        absent = value.new_zeros(batch, width)
+        if call.empty == "uniform":
+            absent = value.sum(1) / max(value.shape[1], 1)
+        rows = attention.out.apply(torch.cat([attended.flatten(0, 1), absent]))
+        of_present, of_absent = rows.split([batch * count, batch])
+        out = present.scatter(of_present.view(batch, count, rows.shape[1]), of_absent)
     zero = _with_zero_gradient(None, attention.key.bias)
     return out if zero is None else out + zero
 
@@ -276,12 +295,19 @@ def project_for_latents(call: Call) -> Tensor:
 def project_for_pixels(call: Call) -> list[Tensor]:
     """The result of the attention, or of each tail behind it, (B, C, height, width)."""
     attention = call.attention
-    key = attention.key._replace(bias=None).apply(call.latents)
+    latents = call.used_latents
+    batch, count, _ = latents.shape
+    key = attention.key._replace(bias=None).apply(latents)
     zero = _with_zero_gradient(None, attention.key.bias)
     if zero is not None:
         key = key + zero
-    query, value = attention.query.apply(_pixel_rows(call)), attention.value.apply(call.latents)
-    inner = _attend(attention, query, key, value, call.labels, call.layout, call.empty)
+    query = attention.query.apply(_pixel_rows(call))
+    sources, with_mean, empty = _rows_of_values(call, latents)
+    value, of_empty = attention.value.apply(sources), None
+    if with_mean:
+        value, of_empty = value.split([batch * count, batch])
+    value = value.view(batch, count, value.shape[1])
+    inner = _attend(attention, query, key, value, call.labels, call.tokens, empty, of_empty)
     rows = inner.flatten(0, 1)
     if call.choice.values == "out" or not call.tails:
         layers = _layers_behind_value_once(call)
@@ -335,13 +361,27 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_tokens: LabelMap | LatentLayout,
-    key_tokens: LabelMap | LatentLayout,
+    query_tokens: Tokens,
+    key_tokens: Tokens,
     empty: Empty,
+    of_empty: Tensor | None = None,
 ) -> Tensor:
-    """The attention between (B, Nq, d) and (B, Nk, d), heads one after the other in d."""
-    query, key, value = (rows.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for rows in (query, key, value))
-    out = semantic_cross_attention(query, key, value, query_tokens, key_tokens, scale=attention.scale, empty=empty)
+    """The attention between (B, Nq, d) and (B, Nk, d), heads one after the other in d.
+
+    A query without keys gets the mean of all values, or zero, or what is given (B, d).
+    """
+    heads = attention.num_heads
+    query, key, value = (rows.unflatten(-1, (heads, -1)).transpose(1, 2) for rows in (query, key, value))
+    out = semantic_cross_attention(
+        query,
+        key,
+        value,
+        query_tokens,
+        key_tokens,
+        scale=attention.scale,
+        empty=empty,
+        empty_value=None if of_empty is None else of_empty.unflatten(-1, (heads, -1)),
+    )
     return out.transpose(1, 2).flatten(2)
 
 

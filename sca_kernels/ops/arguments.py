@@ -48,7 +48,7 @@ def per_channel(
     if not isinstance(table, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(table).__name__}")
     _check_kind(name, table, dtype, device)
-    return _broadcast(name, table, (batch, channels))
+    return broadcast(name, table, (batch, channels))
 
 
 def check_images(name: str, label_map: LabelMap, batch: int, device: torch.device, like: str) -> None:
@@ -59,6 +59,14 @@ def check_images(name: str, label_map: LabelMap, batch: int, device: torch.devic
     images = labels.shape[0]
     if images != batch and images != 1:
         raise ValueError(f"{name}: expected label maps for {batch} images or for one, got {images}")
+
+
+def check_selection(name: str, selection: LatentSelection, batch: int, device: torch.device, like: str) -> None:
+    """Checks that there is a selection of latents for every image, or one for all."""
+    if selection.index.device != device:
+        raise ValueError(f"{name}: expected a selection on {device} like {like}, got one on {selection.index.device}")
+    if selection.batch != batch and selection.batch != 1:
+        raise ValueError(f"{name}: expected a selection for {batch} images or for one, got {selection.batch}")
 
 
 def check_regions(x: Tensor, layout: LatentLayout | LatentSelection, labels: LabelMap) -> None:
@@ -78,10 +86,7 @@ def check_regions(x: Tensor, layout: LatentLayout | LatentSelection, labels: Lab
     if layout.num_labels != labels.num_labels:
         raise ValueError(f"layout: expected {labels.num_labels} labels like labels, got {layout.num_labels}")
     if isinstance(layout, LatentSelection):
-        if layout.index.device != device:
-            raise ValueError(f"layout: expected a selection on {device} like x, got one on {layout.index.device}")
-        if layout.batch != batch and layout.batch != 1:
-            raise ValueError(f"layout: expected a selection for {batch} images or for one, got {layout.batch}")
+        check_selection("layout", layout, batch, device, "x")
 
 
 def check_empty(empty: str) -> None:
@@ -139,7 +144,7 @@ def prepare_noise(
         raise ValueError("noise: expected a tensor that takes no gradient, got one that requires it")
     if noise.device != device:
         raise ValueError(f"noise: expected a tensor on {device} like x, got one on {noise.device}")
-    return _broadcast("noise", noise.to(dtype), (batch, 1, height, width)), None, noise_strength
+    return broadcast("noise", noise.to(dtype), (batch, 1, height, width)), None, noise_strength
 
 
 def _prepare_seed(seed: Tensor | None, device: torch.device) -> Tensor:
@@ -163,7 +168,8 @@ def _check_kind(name: str, table: Tensor, dtype: torch.dtype, device: torch.devi
         raise ValueError(f"{name}: expected a tensor on {device} like x, got one on {table.device}")
 
 
-def _broadcast(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+def broadcast(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor in another shape, if its own broadcasts to that."""
     if tensor.dim() == len(shape) and tensor.shape == shape:
         return tensor
     try:

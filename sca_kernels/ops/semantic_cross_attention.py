@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..labels import LabelMap, LatentLayout
+from ..labels import LabelMap, LatentLayout, LatentSelection
 from ..outputs import empty_attention_outputs
 from ..reference import semantic_cross_attention as reference
-from .arguments import TYPES, check_images
+from .arguments import TYPES, broadcast, check_empty, check_images, check_selection
 from .library import Saved, register
 
 _OPERATOR = "semantic_cross_attention"
+
+Tokens = LabelMap | LatentLayout | LatentSelection
 
 
 @overload
@@ -22,11 +24,12 @@ def semantic_cross_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_tokens: LabelMap | LatentLayout,
-    key_tokens: LabelMap | LatentLayout,
+    query_tokens: Tokens,
+    key_tokens: Tokens,
     *,
     scale: float | None = ...,
     empty: Literal["uniform", "zero"] = ...,
+    empty_value: Tensor | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -34,22 +37,24 @@ def semantic_cross_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_tokens: LabelMap | LatentLayout,
-    key_tokens: LabelMap | LatentLayout,
+    query_tokens: Tokens,
+    key_tokens: Tokens,
     *,
     scale: float | None = ...,
     empty: Literal["uniform", "zero"] = ...,
+    empty_value: Tensor | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def semantic_cross_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_tokens: LabelMap | LatentLayout,
-    key_tokens: LabelMap | LatentLayout,
+    query_tokens: Tokens,
+    key_tokens: Tokens,
     *,
     scale: float | None = None,
     empty: Literal["uniform", "zero"] = "uniform",
+    empty_value: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which a query sees only the keys of its own label.
@@ -58,36 +63,40 @@ def semantic_cross_attention(
 
         out_i = sum_j softmax_j(scale * <query_i, key_j>) value_j,    lse_i = log sum_j exp(scale * <query_i, key_j>)
 
-    Each side's tokens are the pixels of a :class:`LabelMap` or the latents of a :class:`LatentLayout`: pixels attend
-    to latents, latents to pixels, latents to latents, pixels to pixels. With k latents per label, the first three take
-    O(n k D) time and O(n) memory for n tokens, whatever the number of labels. Between pixels it takes the sum of the
-    products of the region sizes in time, and O(n) memory.
+    Each side's tokens are the pixels of a :class:`LabelMap`, the latents of a :class:`LatentLayout` or a
+    :class:`LatentSelection` of them: pixels attend to latents, latents to pixels, latents to latents, pixels to pixels.
+    With k latents per label, the first three take O(n k D) time and O(n) memory for n tokens, whatever the number of
+    labels. Between pixels it takes the sum of the products of the region sizes in time, and O(n) memory.
 
     Args:
         query: (B, H, Nq, D), as in ``torch.nn.functional.scaled_dot_product_attention``; any strides.
         key: (B, H, Nk, D), any strides.
         value: (B, H, Nk, Dv), any strides.
         query_tokens: what the Nq tokens are: a label map of Nq = height * width pixels in raster order, for B images or
-            one for all, or a layout of Nq latents.
+            one for all; a layout of Nq latents; or a selection of Nq, for B images or one for all, which stands for its
+            layout with absent labels owning none. What is left over of its rows has no label.
         key_tokens: the same for the Nk tokens; as many labels as ``query_tokens``.
         scale: factor of the logits. Default: 1 / sqrt(D).
         empty: what a query gets that has no key of its label (or no label): "uniform", the mean of all Nk values, which
             is what a dense mask with a large negative number gives, or "zero".
+        empty_value: broadcastable to (B, H, Dv), of query's type, what such a query gets instead; ``empty`` is then
+            unused. With a selection of keys, "uniform" needs it, since the values of absent labels are not there.
         return_lse: whether to return the log-sum-exp as well.
 
     Returns:
         out (B, H, Nq, Dv) in the type and memory order of ``query``; with ``return_lse`` also lse (B, H, Nq), float32
         (float64 for float64), -inf for a query without keys.
 
-    Types: float32, float64, bfloat16, float16, the same for all three; arithmetic is in float32 or better. Under
-    autocast the three are cast to its type first.
+    Types: float32, float64, bfloat16, float16, the same for all tensors; arithmetic is in float32 or better. Under
+    autocast they are cast to its type first.
 
-    Gradients: of query, key and value, through out and lse. They are deterministic and independent of the number of
-    threads. Gradients of gradients are refused, except by ``backend("reference")``.
+    Gradients: of query, key, value and empty_value, through out and lse. They are deterministic and independent of the
+    number of threads. Gradients of gradients are refused, except by ``backend("reference")``.
 
     Raises:
-        TypeError: if the types differ or are not supported, or the tokens are neither a map nor a layout.
-        ValueError: if shapes, devices, numbers of tokens or numbers of labels do not agree.
+        TypeError: if the types differ or are not supported, or the tokens are none of the above.
+        ValueError: if shapes, devices, numbers of tokens or numbers of labels do not agree, or ``empty_value`` is
+            missing.
 
     Backends: ``cpu`` (the default on the CPU), ``reference``.
 
@@ -105,52 +114,72 @@ def semantic_cross_attention(
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if empty_value is not None and not isinstance(empty_value, Tensor):
+        raise TypeError(f"empty_value: expected a tensor or None, got {type(empty_value).__name__}")
+    tokens = (query_tokens, key_tokens)
     device_type = query.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        query, key, value = _autocast(query, key, value)
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = (_autocast(tensor, dtype) for tensor in (query, key, value))
+        empty_value = None if empty_value is None else _autocast(empty_value, dtype)
         with torch.autocast(device_type, enabled=False):
-            return semantic_cross_attention(  # type: ignore[call-overload]
-                query, key, value, query_tokens, key_tokens, scale=scale, empty=empty, return_lse=return_lse
-            )
-    _check(query, key, value, query_tokens, key_tokens, empty)
+            out, lse = _attend(query, key, value, empty_value, *tokens, scale, empty)
+    else:
+        out, lse = _attend(query, key, value, empty_value, *tokens, scale, empty)
+    return (out, lse) if return_lse else out
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    empty_value: Tensor | None,
+    query_tokens: Tokens,
+    key_tokens: Tokens,
+    scale: float | None,
+    empty: str,
+) -> tuple[Tensor, Tensor]:
+    _check(query, key, value, empty_value, query_tokens, key_tokens, empty)
+    if empty_value is not None:
+        batch, heads, _, width = value.shape
+        empty_value = broadcast("empty_value", empty_value, (batch, heads, width))
     if scale is None:
         scale = max(query.shape[3], 1) ** -0.5
     backend = backends.resolve(_OPERATOR, query.device, query.dtype)
     if backend == "reference":
-        out, lse = reference.semantic_cross_attention(
+        return reference.semantic_cross_attention(
             query,
             key,
             value,
+            empty_value,
             _token_labels(query_tokens, query.device),
             _token_labels(key_tokens, query.device),
             query_tokens.num_labels,
             scale=scale,
             empty=empty,
         )
-    else:
-        query_offsets, query_order, max_query_latents = _grouping(query_tokens, query.device)
-        key_offsets, key_order, max_key_latents = _grouping(key_tokens, query.device)
-        # Eagerly the autograd kernel is called at once: to have the dispatcher find it costs as much as a small call.
-        operator = _operator if torch.compiler.is_compiling() else _autograd
-        out, lse = operator(
-            query, key, value, query_offsets, query_order, key_offsets, key_order,
-            max_query_latents, max_key_latents, scale, empty, backend,
-        )  # fmt: skip
-    return (out, lse) if return_lse else out
+    query_offsets, query_order, max_query_latents = _grouping(query_tokens, query.device)
+    key_offsets, key_order, max_key_latents = _grouping(key_tokens, query.device)
+    # Eagerly the autograd kernel is called at once: to have the dispatcher find it costs as much as a small call.
+    operator = _operator if torch.compiler.is_compiling() else _autograd
+    out, lse = operator(
+        query, key, value, empty_value, query_offsets, query_order, key_offsets, key_order,
+        max_query_latents, max_key_latents, scale, empty, backend,
+    )  # fmt: skip
+    return out, lse
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    castable = (torch.float32, torch.bfloat16, torch.float16)
-    return [tensor.to(dtype) if tensor.dtype in castable else tensor for tensor in tensors]
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) else tensor
 
 
 def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    query_tokens: LabelMap | LatentLayout,
-    key_tokens: LabelMap | LatentLayout,
+    empty_value: Tensor | None,
+    query_tokens: Tokens,
+    key_tokens: Tokens,
     empty: str,
 ) -> None:
     dtype, device = query.dtype, query.device
@@ -167,6 +196,11 @@ def _check(
                 raise TypeError(f"{name}: expected {dtype} like query, got {tensor.dtype}")
             if tensor.device != device:
                 raise ValueError(f"{name}: expected a tensor on {device} like query, got one on {tensor.device}")
+    if empty_value is not None:
+        if empty_value.dtype != dtype:
+            raise TypeError(f"empty_value: expected {dtype} like query, got {empty_value.dtype}")
+        if empty_value.device != device:
+            raise ValueError(f"empty_value: expected a tensor on {device} like query, got one on {empty_value.device}")
     batch, heads, queries, width = query_shape
     keys = key_shape[2]
     if key_shape != (batch, heads, keys, width):
@@ -179,11 +213,15 @@ def _check(
         raise ValueError(
             f"key_tokens: expected {query_tokens.num_labels} labels like query_tokens, got {key_tokens.num_labels}"
         )
-    if empty not in ("uniform", "zero"):
-        raise ValueError(f"empty: expected 'uniform' or 'zero', got {empty!r}")
+    check_empty(empty)
+    if empty_value is None and empty == "uniform" and isinstance(key_tokens, LatentSelection):
+        raise ValueError(
+            "empty_value: expected it with a selection of keys and empty='uniform', "
+            "since that holds not all of the values whose mean that is, got None"
+        )
 
 
-def _check_tokens(side: str, tokens: LabelMap | LatentLayout, device: torch.device, batch: int, count: int) -> None:
+def _check_tokens(side: str, tokens: Tokens, device: torch.device, batch: int, count: int) -> None:
     if isinstance(tokens, LabelMap):
         check_images(f"{side}_tokens", tokens, batch, device, "query")
         _, height, width = tokens.labels.shape
@@ -192,22 +230,28 @@ def _check_tokens(side: str, tokens: LabelMap | LatentLayout, device: torch.devi
                 f"{side}_tokens: expected a label map of {count} pixels, the tokens of {side}, "
                 f"got {height} x {width} (use at(height, width) to resize it)"
             )
-    elif isinstance(tokens, LatentLayout):
+    elif isinstance(tokens, LatentLayout | LatentSelection):
+        kind = "layout"
+        if isinstance(tokens, LatentSelection):
+            check_selection(f"{side}_tokens", tokens, batch, device, "query")
+            kind = "selection"
         if tokens.count != count:
             raise ValueError(
-                f"{side}_tokens: expected a layout of {count} latents, the tokens of {side}, got {tokens.count}"
+                f"{side}_tokens: expected a {kind} of {count} latents, the tokens of {side}, got {tokens.count}"
             )
     else:
-        raise TypeError(f"{side}_tokens: expected a LabelMap or a LatentLayout, got {type(tokens).__name__}")
+        raise TypeError(
+            f"{side}_tokens: expected a LabelMap, a LatentLayout or a LatentSelection, got {type(tokens).__name__}"
+        )
 
 
-def _token_labels(tokens: LabelMap | LatentLayout, device: torch.device) -> Tensor:
+def _token_labels(tokens: Tokens, device: torch.device) -> Tensor:
     if isinstance(tokens, LabelMap):
         return tokens.labels.flatten(1)
-    return tokens.labels(device).unsqueeze(0)
+    return torch.atleast_2d(tokens.labels(device))
 
 
-def _grouping(tokens: LabelMap | LatentLayout, device: torch.device) -> tuple[Tensor, Tensor | None, int]:
+def _grouping(tokens: Tokens, device: torch.device) -> tuple[Tensor, Tensor | None, int]:
     """The tokens grouped by label: offsets, order (None where it is the identity) and the most latents of a label."""
     if isinstance(tokens, LabelMap):
         plan = tokens.planned().plan
@@ -217,11 +261,12 @@ def _grouping(tokens: LabelMap | LatentLayout, device: torch.device) -> tuple[Te
 
 
 def _save(arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> Saved:
-    query, key, value, query_offsets, query_order, key_offsets, key_order, *settings = arguments
+    query, key, value, empty_value, query_offsets, query_order, key_offsets, key_order, *settings = arguments
     out, lse = results
     # rowsum(dO * O) = rowsum(P * dP): latent keys give that in passing, and an output of 16 bits would spoil it.
     saved_out = out if key_order is not None and lse.dtype == out.dtype else None
-    return (query, key, value, saved_out, lse, query_offsets, query_order, key_offsets, key_order), tuple(settings)
+    groupings = (query_offsets, query_order, key_offsets, key_order)
+    return (query, key, value, empty_value, saved_out, lse, *groupings), tuple(settings)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -230,24 +275,27 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor
 
 def _backward_fake(
     grad_out: Tensor | None, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    mask = rest[-1]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *mask, wants_empty_value = rest[-1]
     query_gradient, key_gradient, value_gradient = (
         torch.empty_like(tensor) if wanted else tensor.new_empty(0)
         for tensor, wanted in zip((query, key, value), mask, strict=True)
     )
-    return query_gradient, key_gradient, value_gradient
+    batch, heads, _, width = value.shape
+    empty_value_gradient = value.new_empty((batch, heads, width) if wants_empty_value else 0)
+    return query_gradient, key_gradient, value_gradient, empty_value_gradient
 
 
+_INPUTS_SCHEMA = "Tensor query, Tensor key, Tensor value, Tensor? empty_value"
 _GROUPING_SCHEMA = "Tensor query_offsets, Tensor? query_order, Tensor key_offsets, Tensor? key_order"
 _SETTINGS_SCHEMA = "int max_query_latents, int max_key_latents, float scale, str empty, str backend"
 _operator, _autograd = register(
     _OPERATOR,
-    f"(Tensor query, Tensor key, Tensor value, {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA}) -> (Tensor out, Tensor lse)",
-    "(Tensor? grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? out, Tensor lse,"
-    f" {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA}, bool[3] output_mask)"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
-    differentiable=("query", "key", "value"),
+    f"({_INPUTS_SCHEMA}, {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA}) -> (Tensor out, Tensor lse)",
+    f"(Tensor? grad_out, Tensor? grad_lse, {_INPUTS_SCHEMA}, Tensor? out, Tensor lse,"
+    f" {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA}, bool[4] output_mask)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_empty_value)",
+    differentiable=("query", "key", "value", "empty_value"),
     save=_save,
     fake=_fake,
     backward_fake=_backward_fake,

@@ -10,6 +10,7 @@ def semantic_cross_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    empty_value: Tensor | None,
     query_labels: Tensor,
     key_labels: Tensor,
     num_labels: int,
@@ -21,6 +22,7 @@ def semantic_cross_attention(
 
     Args:
         query, key, value: (B, H, Nq, D), (B, H, Nk, D), (B, H, Nk, Dv).
+        empty_value: (B, H, Dv), or None for what ``empty`` says.
         query_labels, key_labels: (B or 1, Nq), (B or 1, Nk); values outside [0, num_labels) are no label.
     """
     compute_type = torch.promote_types(query.dtype, torch.float32)
@@ -36,7 +38,10 @@ def semantic_cross_attention(
     # A row without keys gets equal logits, so that nothing undefined enters the gradients; its results are replaced.
     logits = torch.where(matched, torch.where(allowed, logits, -torch.inf), 0)
     out = torch.where(allowed, logits.softmax(-1), 0) @ value
-    takes_mean = empty == "uniform" and value.shape[2] > 0
-    mean = value.mean(2, keepdim=True) if takes_mean else value.new_zeros(())
+    instead = value.new_zeros(())
+    if empty_value is not None:
+        instead = empty_value.to(compute_type).unsqueeze(2)
+    elif empty == "uniform" and value.shape[2] > 0:
+        instead = value.mean(2, keepdim=True)
     lse = torch.where(matched.squeeze(-1), logits.logsumexp(-1), -torch.inf)
-    return torch.where(matched, out, mean).to(out_type), lse
+    return torch.where(matched, out, instead).to(out_type), lse
