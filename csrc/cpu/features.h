@@ -122,28 +122,29 @@ class Lines {
   int64_t offsets_[kMostPixels / kLanes<T>];
 };
 
-// The pixels of the block after the one at hand. Blocks come from all over a map, which defeats the hardware's
-// prefetching; so while one is computed the next is fetched, a few lines of the cache at a time.
+// A rectangle of an image.
+struct Rectangle {
+  int64_t row, column, height, width;
+};
+
+// What of one map or two is needed after the block at hand. Blocks come from all over a map, which defeats the
+// hardware's prefetching; so while one is computed the next is fetched, a few lines of the cache at a time.
 template <typename Scalar>
 class Upcoming {
  public:
-  // `second` is a map like `first`, or one without data; `now` the block at hand.
-  Upcoming(const Runs& runs, const Runs& now, const FeatureMap<Scalar>& first, const FeatureMap<Scalar>& second)
-      : first_(first), second_(second), vectors_(padded<T>(now.pixels) / kLanes<T>) {
-    if (first.adjacent_channels()) {
-      for (const Run& run : runs) {
-        for (int64_t i = 0; i < run.size; ++i) offsets_[count_++] = first.at(run.row, run.column + i) - first.data;
-      }
-    } else if (first.column_stride == 1) {
-      for (const Run& run : runs) {
-        for (int64_t i = 0; i < run.size; i += kLine)
-          offsets_[count_++] = first.at(run.row, run.column + i) - first.data;
-      }
-    }
+  // `second` is a map with the strides of `first`, or one without data; `pixels` those of the block at hand.
+  Upcoming(const FeatureMap<Scalar>& first, const FeatureMap<Scalar>& second, int64_t pixels)
+      : first_(first), second_(second), vectors_(padded<T>(pixels) / kLanes<T>) {}
+
+  void add(const Runs& runs) {
+    for (const Run& run : runs) add(run.row, run.column, run.size);
+  }
+  void add(const Rectangle& place) {
+    for (int64_t r = 0; r < place.height; ++r) add(place.row + r, place.column, place.width);
   }
 
-  // Fetches a part of a row of the block, kept as the map lies in memory: all of a row of channels if it is called for
-  // each vector of that row at hand, of a row of pixels about the line that `vector` stands for.
+  // Fetches a part of a row of what was added, kept as the map lies in memory: all of a row of channels if it is called
+  // for each vector of that row at hand, of a row of pixels about the line that `vector` stands for.
   template <bool kPixelRows>
   void fetch(int64_t row, int64_t vector) const {
     if constexpr (kPixelRows) {
@@ -157,6 +158,13 @@ class Upcoming {
   using T = ComputeType<Scalar>;
   static constexpr int64_t kLine = 64 / int64_t{sizeof(Scalar)};
 
+  void add(int64_t row, int64_t column, int64_t size) {
+    const bool by_pixel = first_.adjacent_channels();
+    if (!by_pixel && first_.column_stride != 1) return;
+    for (int64_t i = 0; i < size; i += by_pixel ? 1 : kLine) {
+      offsets_[count_++] = first_.at(row, column + i) - first_.data;
+    }
+  }
   void fetch(int64_t offset) const {
     prefetch(first_.data + offset);
     if (second_.data) prefetch(second_.data + offset);
@@ -293,7 +301,7 @@ class FeatureBlock {
   // table[j][p] = <vectors[j], pixel p>
   void multiply(const RowTable<T>& vectors, int64_t count, const RowTable<T>& table) const {
     if (pixel_rows_) {
-      dots<false>(rows_, pixels_, vectors.rows, count, channel_pitch_, table.memory, table.pitch, rows_);
+      dots(rows_, pixels_, vectors.rows, count, channel_pitch_, table.memory, table.pitch, FetchNothing{});
     } else {
       weighted_sum(Write::kReplace, Weights<T>{vectors.memory, vectors.pitch, 1}, rows_, channels_, table.rows, count,
                    width_);

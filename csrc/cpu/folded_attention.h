@@ -1,15 +1,29 @@
 // What the kernels of folded attention share: pixels of a feature map on one side, rows of latents on the other.
 //
 // The tiles of an image are cut into chunks. A chunk is walked label by label in blocks of pixels, so that every loop
-// sees one label, and what two labels share of a line of the cache is still there for the second. It keeps for each
-// latent it meets a partial row. Partial rows are merged in the order of the chunks, so the bits do not depend on the
-// number of threads.
+// sees one label, and what two labels share of a line of the cache is still there for the second. Where tiles can be
+// turned it is walked tile by tile, and those with several labels are turned. A chunk keeps for each latent it meets a
+// partial row. Partial rows are merged in the order of the chunks, so the bits do not depend on the number of threads.
 #pragma once
 
 #include "turned_tile.h"
 
 namespace sca::SCA_CPU_CAPABILITY {
 namespace {
+
+// Positions of one label.
+struct Segment {
+  int64_t label;
+  Range positions;
+};
+
+// The labels of a chunk, and those of a tile in it.
+struct ChunkLabels {
+  Segment *list, *of_tile;
+  int64_t count = 0;
+
+  ChunkLabels(Arena& arena, int64_t labels) : list(arena.take<Segment>(labels)), of_tile(arena.take<Segment>(labels)) {}
+};
 
 template <typename Scalar, typename Call>
 class FoldedAttention {
@@ -18,8 +32,9 @@ class FoldedAttention {
 
  protected:
   static constexpr int64_t kMostChunks = 16;
-  // Channels from which on lane sums over a row of them cost less than what they save.
-  static constexpr int64_t kFewestTurned = 4 * kLanes<T>;
+  // Channels from which on lane sums over a row of them cost less than what they save; more where a map is too large
+  // for its tiles to be in the caches.
+  static constexpr int64_t kFewestTurned = 4 * kLanes<T>, kFewestTurnedOfLarge = 8 * kLanes<T>;
 
   // `blocks`: how many blocks of pixels a thread holds at once.
   FoldedAttention(const Call& call, int64_t blocks)
@@ -30,8 +45,8 @@ class FoldedAttention {
         tiles_across_((call.width + call.tile_width - 1) / call.tile_width),
         tiles_(tiles_across_ * ((call.height + call.tile_height - 1) / call.tile_height)),
         chunks_(smaller(tiles_, kMostChunks)),
-        turned_(tiles_ == chunks_ && has_planes(call.x) && call.channels % kLanes<T> == 0 &&
-                call.channels >= kFewestTurned),
+        turned_(has_planes(call.x) && call.channels % kLanes<T> == 0 &&
+                call.channels >= (tiles_ == chunks_ ? kFewestTurned : kFewestTurnedOfLarge)),
         occurs_(arena_.template take<int8_t>(call.batch * chunks_ * (call.latents.labels + 1))) {}
 
   // Runs visit(image, chunk, scratch) for every chunk of every image; each thread has a Scratch(arena, kernel).
@@ -63,29 +78,54 @@ class FoldedAttention {
     const ImageTokens latents(call_.latents, image);
     return latents.in_group(label);
   }
-  // Calls visit(label, positions, positions of the next label) for each label in a chunk, unlabelled pixels last as
-  // label labels, and notes which occur.
-  template <typename Visit>
-  void each_label_of_chunk(int64_t image, int64_t chunk, const Visit& visit) const {
+  // Finds the labels in a chunk, unlabelled pixels last as label labels, and notes which occur.
+  void find_labels(int64_t image, int64_t chunk, ChunkLabels& labels) const {
     const ImageTokens pixels(call_.pixels, image);
     int8_t* occurs = occurs_ + (image * chunks_ + chunk) * (pixels.labels() + 1);
-    int64_t label = 0;
-    const auto find_next = [&](int64_t from) {
-      for (label = from; label <= pixels.labels(); ++label) {
-        const Range range = positions_in_chunk(pixels, label, chunk);
-        occurs[label] = range.size() > 0;
-        if (range.size() > 0) return range;
-      }
-      return Range{0, 0};
-    };
-    Range range = find_next(0);
-    while (range.size() > 0) {
-      const int64_t current = label;
-      const Range next = find_next(current + 1);
-      visit(current, range, next);
-      range = next;
+    labels.count = 0;
+    for (int64_t label = 0; label <= pixels.labels(); ++label) {
+      const Range positions = positions_in_chunk(pixels, label, chunk);
+      occurs[label] = positions.size() > 0;
+      if (positions.size() > 0) labels.list[labels.count++] = {label, positions};
     }
   }
+
+  // What is fetched from one map or two while a label is visited: the block after the one at hand, and at last these.
+  struct Ahead {
+    FeatureMap<Scalar> first, second;
+    Range positions;
+    Rectangle place;
+  };
+
+  // Walks through the labels of a chunk that find_labels() found: calls visit(segment, ahead) for each, or tile by tile
+  // for the label of a tile that has only one, and visit_tile(place, segments, their number) for other tiles: turning
+  // them reads enough lines at once for nothing to be fetched before. `second` is a map with the strides of `first`, or
+  // one without data.
+  template <typename Visit, typename VisitTile>
+  void walk_chunk(int64_t image, int64_t chunk, bool turned, const FeatureMap<Scalar>& first,
+                  const FeatureMap<Scalar>& second, ChunkLabels& labels, const Visit& visit,
+                  const VisitTile& visit_tile) const {
+    if (!turned) {
+      for (int64_t i = 0; i < labels.count; ++i) {
+        const Range next = i + 1 < labels.count ? labels.list[i + 1].positions : Range{0, 0};
+        visit(labels.list[i], Ahead{first, second, next, {}});
+      }
+      return;
+    }
+    const ImageTokens pixels(call_.pixels, image);
+    const Range tiles = tiles_of_chunk(chunk);
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      const Rectangle place = place_of(tile);
+      const int64_t found = find_labels_of_tile(pixels, tile, labels);
+      if (found == 1 && place.width % kLanes<T> == 0) {
+        const Rectangle next = tile + 1 < tiles_ ? place_of(tile + 1) : Rectangle{};
+        visit(labels.of_tile[0], Ahead{first, second, {0, 0}, next});
+      } else {
+        visit_tile(place, labels.of_tile, found);
+      }
+    }
+  }
+
   // Calls visit(chunk) for the chunks in which a label occurs, in their order.
   template <typename Visit>
   void each_chunk_of_label(int64_t image, int64_t label, const Visit& visit) const {
@@ -94,16 +134,20 @@ class FoldedAttention {
     }
   }
 
-  // Calls visit(runs, following) for each block of the pixels at some positions; `following` is the block after it.
+  // Calls visit(runs, upcoming) for each block of a label's pixels.
   template <typename Visit>
-  void each_block(const ImageTokens& pixels, Range positions, Range next, const Visit& visit) const {
+  void each_block(const ImageTokens& pixels, Range positions, const Ahead& ahead, const Visit& visit) const {
     const auto runs_at = [&](Range range) {
       return Runs(pixels.at(range.begin), smaller(block_, range.size()), call_.width, kLanes<T>);
     };
     Runs runs = runs_at(positions);
     for (int64_t p = positions.begin; p < positions.end; p += block_) {
-      const Runs following = runs_at(p + block_ < positions.end ? Range{p + block_, positions.end} : next);
-      visit(runs, following);
+      const bool last = p + block_ >= positions.end;
+      const Runs following = runs_at(last ? ahead.positions : Range{p + block_, positions.end});
+      Upcoming<Scalar> upcoming(ahead.first, ahead.second, runs.pixels);
+      if (ahead.first.data) upcoming.add(following);
+      if (last) upcoming.add(ahead.place);
+      visit(runs, upcoming);
       runs = following;
     }
   }
@@ -114,12 +158,7 @@ class FoldedAttention {
     return call_.batch * call_.pixels.count * call_.channels * int64_t{sizeof(Scalar)} >= kStreamedBytes / 2;
   }
 
-  // Where a chunk that is a tile lies in the image.
-  Rectangle tile_of_chunk(int64_t chunk) const {
-    const int64_t row = chunk / tiles_across_ * call_.tile_height, column = chunk % tiles_across_ * call_.tile_width;
-    return {row, column, smaller(call_.tile_height, call_.height - row),
-            smaller(call_.tile_width, call_.width - column)};
-  }
+  ChunkLabels make_labels(Arena& arena) const { return {arena, call_.pixels.labels + 1}; }
   TurnedTile<Scalar> make_tile(Arena& arena) const {
     return {arena, call_.channels, turned_ ? call_.tile_height * call_.tile_width : 0};
   }
@@ -204,9 +243,14 @@ class FoldedAttention {
   const Call& call_;
   Arena arena_;
   const int64_t channel_width_, block_, tiles_across_, tiles_, chunks_;
-  const bool turned_;  // whether each chunk is a tile that is turned
+  const bool turned_;  // whether tiles of x can be turned
 
  private:
+  Rectangle place_of(int64_t tile) const {
+    const int64_t row = tile / tiles_across_ * call_.tile_height, column = tile % tiles_across_ * call_.tile_width;
+    return {row, column, smaller(call_.tile_height, call_.height - row),
+            smaller(call_.tile_width, call_.width - column)};
+  }
   int64_t tile_of(int64_t pixel) const {
     const int64_t row = pixel / call_.width, column = pixel - row * call_.width;
     return row / call_.tile_height * tiles_across_ + column / call_.tile_width;
@@ -223,12 +267,33 @@ class FoldedAttention {
     }
     return range.begin;
   }
+  Range tiles_of_chunk(int64_t chunk) const { return {tiles_ * chunk / chunks_, tiles_ * (chunk + 1) / chunks_}; }
   Range positions_in_chunk(const ImageTokens& pixels, int64_t label, int64_t chunk) const {
     const Range all = pixels.in_group(label);
     if (all.size() <= 0) return {0, 0};
-    const int64_t begin = first_in_tile(pixels, all, tiles_ * chunk / chunks_);
-    return {begin,
-            chunk + 1 < chunks_ ? first_in_tile(pixels, {begin, all.end}, tiles_ * (chunk + 1) / chunks_) : all.end};
+    const Range tiles = tiles_of_chunk(chunk);
+    const int64_t begin = first_in_tile(pixels, all, tiles.begin);
+    return {begin, chunk + 1 < chunks_ ? first_in_tile(pixels, {begin, all.end}, tiles.end) : all.end};
+  }
+  // Lists the labels of the next tile of a chunk, and returns how many; what is left of their positions begins after
+  // it.
+  int64_t find_labels_of_tile(const ImageTokens& pixels, int64_t tile, ChunkLabels& labels) const {
+    int64_t found = 0;
+    for (int64_t i = 0; i < labels.count; ++i) {
+      Range& rest = labels.list[i].positions;
+      int64_t end = rest.begin, step = 1;
+      // Few positions are in one tile, if any: their end is searched in steps that grow and then shrink.
+      const auto in_tile = [&](int64_t position) {
+        return position < rest.end && tile_of(pixels.at(position)[0]) <= tile;
+      };
+      for (; in_tile(end + step - 1); step *= 2) end += step;
+      for (; step > 0; step /= 2) {
+        if (in_tile(end + step - 1)) end += step;
+      }
+      if (end > rest.begin) labels.of_tile[found++] = {labels.list[i].label, {rest.begin, end}};
+      rest.begin = end;
+    }
+    return found;
   }
 
   int8_t* occurs_;  // (batch, chunks, labels + 1), whether a label occurs in a chunk

@@ -65,14 +65,10 @@ inline void each_dots_block(T* const* rows, int64_t row_count, T* const* columns
 }
 
 // table[c * table_stride + r] = sum_i rows[r][i] * columns[c][i]. `width` is a whole number of vectors;
-// table_stride is a multiple of kBlockRows and the rows up to the next one are written too. With kPrefetch, as many
-// rows of `next` are fetched on the way.
-template <bool kPrefetch, typename T>
+// table_stride is a multiple of kBlockRows and the rows up to the next one are written too.
+template <typename T, typename Fetch>
 void dots(T* const* rows, int64_t row_count, T* const* columns, int64_t column_count, int64_t width, T* table,
-          int64_t table_stride, T* const* next) {
-  const auto fetch = [&](int64_t r, int64_t i) {
-    if constexpr (kPrefetch) prefetch(next[smaller(r, row_count - 1)] + i);
-  };
+          int64_t table_stride, const Fetch& fetch) {
   each_dots_block(rows, row_count, columns, column_count, width, fetch, [&](int64_t r0, int64_t c0, const T* block) {
     for (int64_t c = 0; c < kBlockColumns && c0 + c < column_count; ++c) {
       __builtin_memcpy(table + (c0 + c) * table_stride + r0, block + c * kBlockRows, kBlockRows * sizeof(T));

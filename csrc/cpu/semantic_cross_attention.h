@@ -167,9 +167,10 @@ class SemanticCrossAttention {
     const int64_t next = position + count;
     if (matrix.direct() && next + count <= tokens.count()) {
       matrix.locate(tokens.at(next), count, nullptr, next_rows);
-      dots<true>(rows, count, columns, column_count, width, table, kRowBlock, next_rows);
+      dots(rows, count, columns, column_count, width, table, kRowBlock,
+           [&](int64_t r, int64_t i) { prefetch(next_rows[smaller(r, count - 1)] + i); });
     } else {
-      dots<false>(rows, count, columns, column_count, width, table, kRowBlock, next_rows);
+      dots(rows, count, columns, column_count, width, table, kRowBlock, FetchNothing{});
     }
   }
 

@@ -31,6 +31,7 @@ class SemanticModulate : public FoldedAttention<Scalar, sca_semantic_modulate> {
 
   // What one thread works in.
   struct Scratch {
+    ChunkLabels labels;
     TurnedTile<Scalar> x_tile, result_tile;
     FeatureBlock<T> x, result, noise;
     RowTable<T> keys, scale, shift;  // (rows, channels)
@@ -38,7 +39,8 @@ class SemanticModulate : public FoldedAttention<Scalar, sca_semantic_modulate> {
     T *mean, *rstd, *strength, *scale_bias, *shift_bias, *empty_scale, *empty_shift;  // of the channels of the image
 
     Scratch(Arena& arena, const SemanticModulate& kernel)
-        : x_tile(kernel.make_tile(arena)),
+        : labels(kernel.make_labels(arena)),
+          x_tile(kernel.make_tile(arena)),
           result_tile(kernel.make_tile(arena)),
           x(arena, kernel.call_.channels, kernel.block_),
           result(arena, kernel.call_.channels, kernel.block_),
@@ -169,8 +171,8 @@ class SemanticModulate : public FoldedAttention<Scalar, sca_semantic_modulate> {
 
   // Calls visit(row, i, gamma, beta) for each vector of a block: row of the block, first lane. kPixelRows is how x is
   // kept. Meanwhile the block that follows is fetched.
-  template <bool kPixelRows, typename Stored, typename Visit>
-  void each_vector(int64_t image, Range latents, const Runs& runs, const Upcoming<Stored>& upcoming, Scratch& scratch,
+  template <bool kPixelRows, typename Visit>
+  void each_vector(int64_t image, Range latents, const Runs& runs, const Upcoming<Scalar>& upcoming, Scratch& scratch,
                    const Visit& visit) const {
     constexpr int64_t kVectors = kBlockColumns;
     if (per_element_noise()) fill_noise<kPixelRows>(image, runs, scratch);
@@ -188,8 +190,8 @@ class SemanticModulate : public FoldedAttention<Scalar, sca_semantic_modulate> {
     if (row < rows) each_column(std::integral_constant<int64_t, 1>{}, row);
   }
 
-  template <bool kPixelRows, int64_t kRows, int64_t kVectors, typename Stored, typename Visit>
-  inline void visit_block(const Scratch& scratch, const Upcoming<Stored>& upcoming, int64_t terms, int64_t row,
+  template <bool kPixelRows, int64_t kRows, int64_t kVectors, typename Visit>
+  inline void visit_block(const Scratch& scratch, const Upcoming<Scalar>& upcoming, int64_t terms, int64_t row,
                           int64_t i, const Visit& visit) const {
     Vector<T> gamma[kRows][kVectors], beta[kRows][kVectors];
 #pragma GCC unroll 4

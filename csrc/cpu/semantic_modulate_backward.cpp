@@ -12,6 +12,7 @@ namespace {
 template <typename Scalar>
 class Backward : public SemanticModulate<Scalar> {
   using Base = SemanticModulate<Scalar>;
+  using typename Base::Ahead;
   using typename Base::T;
   using Base::arena_;
   using Base::call_;
@@ -91,56 +92,70 @@ class Backward : public SemanticModulate<Scalar> {
     const FeatureMap<Scalar> x = image_of<Scalar>(call_.x, image, call_.channels);
     const FeatureMap<Scalar> grad_out = image_of<Scalar>(gradients_.grad_out, image, call_.channels);
     const FeatureMap<Scalar> grad_x = image_of<Scalar>(gradients_.grad_x, image, call_.channels);
-    const bool wants_x = gradients_.grad_x.data != nullptr;
+    const bool wants_x = grad_x.data != nullptr;
+    const bool turned = Base::turned_ && has_planes(gradients_.grad_out) && (!wants_x || has_planes(gradients_.grad_x));
     Base::load_channels(image, scratch);
-    if (!Base::turned_ || !has_planes(gradients_.grad_out) || (wants_x && !has_planes(gradients_.grad_x))) {
-      return differentiate_pixels(image, chunk, x, grad_out, grad_x, scratch);
-    }
-    const Rectangle place = Base::tile_of_chunk(chunk);
-    scratch.x_tile.load(x, place);
-    scratch.grad_out_tile.load(grad_out, place);
-    differentiate_pixels(image, chunk, scratch.x_tile.map(place), scratch.grad_out_tile.map(place),
-                         scratch.result_tile.map(place), scratch);
-    if (wants_x) scratch.result_tile.store_to(grad_x, place);
+    for (int64_t i = 0; i < kChunkSums * Base::channel_width_; ++i) chunk_sum(image, chunk, 0)[i] = 0;
+    Base::find_labels(image, chunk, scratch.labels);
+    clear_partials(image, chunk, scratch.labels);
+    Base::walk_chunk(
+        image, chunk, turned, x, x.same_strides(grad_out) ? grad_out : FeatureMap<Scalar>{}, scratch.labels,
+        [&](const Segment& segment, const Ahead& ahead) {
+          differentiate_label(image, chunk, segment, ahead, x, grad_out, grad_x, scratch);
+        },
+        [&](const Rectangle& place, const Segment* segments, int64_t count) {
+          scratch.x_tile.load(x, place);
+          scratch.grad_out_tile.load(grad_out, place);
+          for (int64_t i = 0; i < count; ++i) {
+            differentiate_label(image, chunk, segments[i], {}, scratch.x_tile.map(place),
+                                scratch.grad_out_tile.map(place), scratch.result_tile.map(place), scratch);
+          }
+          if (wants_x) scratch.result_tile.store_to(grad_x, place);
+        });
   }
 
   template <typename Stored>
-  void differentiate_pixels(int64_t image, int64_t chunk, const FeatureMap<Stored>& x,
-                            const FeatureMap<Stored>& grad_out, const FeatureMap<Stored>& grad_x,
-                            Scratch& scratch) const {
-    const ImageTokens latent_tokens(call_.latents, image), pixels(call_.pixels, image);
-    const bool like_x = x.same_strides(grad_out);
+  void differentiate_label(int64_t image, int64_t chunk, const Segment& segment, const Ahead& ahead,
+                           const FeatureMap<Stored>& x, const FeatureMap<Stored>& grad_out,
+                           const FeatureMap<Stored>& grad_x, Scratch& scratch) const {
+    const Range latents = ImageTokens(call_.latents, image).with_label(segment.label);
     const bool wants_x = gradients_.grad_x.data != nullptr;
-    for (int64_t i = 0; i < kChunkSums * Base::channel_width_; ++i) chunk_sum(image, chunk, 0)[i] = 0;
-    Base::each_label_of_chunk(image, chunk, [&](int64_t label, Range range, Range next) {
-      const Range latents = latent_tokens.with_label(label);
-      Base::load_label(image, latents, scratch);
-      clear_partials(image, chunk, latents, scratch);
-      Base::each_block(pixels, range, next, [&](const Runs& runs, const Runs& following) {
-        const Upcoming<Stored> upcoming(following, runs, x, like_x ? grad_out : FeatureMap<Stored>{});
-        scratch.x.gather(x, runs);
-        const bool pixel_rows = scratch.x.pixel_rows();
-        scratch.beta_gradient.gather_copy(grad_out, runs, pixel_rows);
-        scratch.gamma_gradient.make_room_like(scratch.x);
-        scratch.result.make_room_like(scratch.x);
-        if (wants_x) scratch.result.locate(grad_x, runs, pixel_rows);
-        Base::fill_table(image, latents, runs, scratch);
-        if (pixel_rows) {
-          differentiate_modulation<true>(image, chunk, latents, runs, upcoming, scratch);
-        } else {
-          differentiate_modulation<false>(image, chunk, latents, runs, upcoming, scratch);
-        }
-        differentiate_attention(latents, runs, scratch);
-        if (wants_x) scratch.result.scatter(grad_x, runs);
-      });
-    });
+    Base::load_label(image, latents, scratch);
+    point_to_partials(image, chunk, latents, scratch);
+    Base::each_block(ImageTokens(call_.pixels, image), segment.positions, ahead,
+                     [&](const Runs& runs, const Upcoming<Scalar>& upcoming) {
+                       scratch.x.gather(x, runs);
+                       const bool pixel_rows = scratch.x.pixel_rows();
+                       scratch.beta_gradient.gather_copy(grad_out, runs, pixel_rows);
+                       scratch.gamma_gradient.make_room_like(scratch.x);
+                       scratch.result.make_room_like(scratch.x);
+                       if (wants_x) scratch.result.locate(grad_x, runs, pixel_rows);
+                       Base::fill_table(image, latents, runs, scratch);
+                       if (pixel_rows) {
+                         differentiate_modulation<true>(image, chunk, latents, runs, upcoming, scratch);
+                       } else {
+                         differentiate_modulation<false>(image, chunk, latents, runs, upcoming, scratch);
+                       }
+                       differentiate_attention(latents, runs, scratch);
+                       if (wants_x) scratch.result.scatter(grad_x, runs);
+                     });
   }
 
-  // Clears the partial rows of a label's latents and points the sums of the table's rows at them.
-  void clear_partials(int64_t image, int64_t chunk, Range latents, Scratch& scratch) const {
+  // Clears the partial rows of the labels in a chunk.
+  void clear_partials(int64_t image, int64_t chunk, const ChunkLabels& labels) const {
+    for (int64_t i = 0; i < labels.count; ++i) {
+      const Range latents = ImageTokens(call_.latents, image).with_label(labels.list[i].label);
+      Base::each_row(latents, [&](int64_t, int64_t head, int64_t latent) {
+        T* partial = partials_ + Base::partial(image, head, chunk, latent) * partial_width_;
+        for (int64_t p = 0; p < partial_width_; ++p) partial[p] = 0;
+      });
+    }
+  }
+
+  // Points the sums of the table's rows at the partial rows of a label's latents.
+  void point_to_partials(int64_t image, int64_t chunk, Range latents, Scratch& scratch) const {
     Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
       T* partial = partials_ + Base::partial(image, head, chunk, latent) * partial_width_;
-      for (int64_t i = 0; i < partial_width_; ++i) partial[i] = 0;
       scratch.key_sums[j] = partial;
       scratch.scale_sums[j] = partial + scale_begin_;
       scratch.shift_sums[j] = partial + shift_begin_;
@@ -153,9 +168,9 @@ class Backward : public SemanticModulate<Scalar> {
   }
 
   // The gradients of gamma and beta, and the part of that of x that does not go through the attention.
-  template <bool kPixelRows, typename Stored>
+  template <bool kPixelRows>
   void differentiate_modulation(int64_t image, int64_t chunk, Range latents, const Runs& runs,
-                                const Upcoming<Stored>& upcoming, Scratch& scratch) const {
+                                const Upcoming<Scalar>& upcoming, Scratch& scratch) const {
     const T slope = static_cast<T>(call_.negative_slope);
     T* const* x = scratch.x.rows();
     T* const* grad_beta = scratch.beta_gradient.rows();

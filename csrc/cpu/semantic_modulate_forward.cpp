@@ -8,6 +8,7 @@ namespace {
 template <typename Scalar>
 class Forward : public SemanticModulate<Scalar> {
   using Base = SemanticModulate<Scalar>;
+  using typename Base::Ahead;
   using typename Base::Scratch;
   using typename Base::T;
   using Base::call_;
@@ -41,43 +42,48 @@ class Forward : public SemanticModulate<Scalar> {
     const FeatureMap<Scalar> x = image_of<Scalar>(call_.x, image, call_.channels);
     const FeatureMap<Scalar> out = image_of<Scalar>(call_.out, image, call_.channels);
     Base::load_channels(image, scratch);
-    if (!Base::turned_ || !has_planes(call_.out)) {
-      return modulate_pixels(image, chunk, x, out, Base::streamed(), scratch);
-    }
-    const Rectangle place = Base::tile_of_chunk(chunk);
-    scratch.x_tile.load(x, place);
-    modulate_pixels(image, chunk, scratch.x_tile.map(place), scratch.result_tile.map(place), false, scratch);
-    scratch.result_tile.store_to(out, place);
+    Base::find_labels(image, chunk, scratch.labels);
+    Base::walk_chunk(
+        image, chunk, Base::turned_ && has_planes(call_.out), x, {}, scratch.labels,
+        [&](const Segment& segment, const Ahead& ahead) {
+          modulate_label(image, segment, ahead, x, out, Base::streamed(), scratch);
+        },
+        [&](const Rectangle& place, const Segment* segments, int64_t count) {
+          scratch.x_tile.load(x, place);
+          for (int64_t i = 0; i < count; ++i) {
+            modulate_label(image, segments[i], {}, scratch.x_tile.map(place), scratch.result_tile.map(place), false,
+                           scratch);
+          }
+          scratch.result_tile.store_to(out, place);
+        });
   }
 
   template <typename Stored>
-  void modulate_pixels(int64_t image, int64_t chunk, const FeatureMap<Stored>& x, const FeatureMap<Stored>& out,
-                       bool streamed, Scratch& scratch) const {
-    const ImageTokens latent_tokens(call_.latents, image), pixels(call_.pixels, image);
-    Base::each_label_of_chunk(image, chunk, [&](int64_t label, Range range, Range next) {
-      const Range latents = latent_tokens.with_label(label);
-      Base::load_label(image, latents, scratch);
-      Base::each_block(pixels, range, next, [&](const Runs& runs, const Runs& following) {
-        const Upcoming<Stored> upcoming(following, runs, x, {});
-        scratch.x.gather(x, runs);
-        // A copy of the pixels turns into the result where it lies.
-        FeatureBlock<T>& result = scratch.x.is_copy() ? scratch.x : scratch.result;
-        if (!scratch.x.is_copy()) result.locate(out, runs, scratch.x.pixel_rows());
-        const Lines<Stored> lines(out, runs, streamed);
-        Base::fill_table(image, latents, runs, scratch);
-        if (scratch.x.pixel_rows()) {
-          modulate<true>(image, latents, runs, upcoming, streamed && result.streamable(out), lines, result, scratch);
-          result.scatter(out, runs);
-        } else {
-          modulate<false>(image, latents, runs, upcoming, false, lines, result, scratch);
-          result.scatter_rest(out, runs, lines);
-        }
-      });
-    });
+  void modulate_label(int64_t image, const Segment& segment, const Ahead& ahead, const FeatureMap<Stored>& x,
+                      const FeatureMap<Stored>& out, bool streamed, Scratch& scratch) const {
+    const Range latents = ImageTokens(call_.latents, image).with_label(segment.label);
+    Base::load_label(image, latents, scratch);
+    Base::each_block(ImageTokens(call_.pixels, image), segment.positions, ahead,
+                     [&](const Runs& runs, const Upcoming<Scalar>& upcoming) {
+                       scratch.x.gather(x, runs);
+                       // A copy of the pixels turns into the result where it lies.
+                       FeatureBlock<T>& result = scratch.x.is_copy() ? scratch.x : scratch.result;
+                       if (!scratch.x.is_copy()) result.locate(out, runs, scratch.x.pixel_rows());
+                       const Lines<Stored> lines(out, runs, streamed);
+                       Base::fill_table(image, latents, runs, scratch);
+                       if (scratch.x.pixel_rows()) {
+                         modulate<true>(image, latents, runs, upcoming, streamed && result.streamable(out), lines,
+                                        result, scratch);
+                         result.scatter(out, runs);
+                       } else {
+                         modulate<false>(image, latents, runs, upcoming, false, lines, result, scratch);
+                         result.scatter_rest(out, runs, lines);
+                       }
+                     });
   }
 
   template <bool kPixelRows, typename Stored>
-  void modulate(int64_t image, Range latents, const Runs& runs, const Upcoming<Stored>& upcoming, bool streamed,
+  void modulate(int64_t image, Range latents, const Runs& runs, const Upcoming<Scalar>& upcoming, bool streamed,
                 const Lines<Stored>& lines, const FeatureBlock<T>& result, Scratch& scratch) const {
     const T slope = static_cast<T>(call_.negative_slope);
     T* const* x = scratch.x.rows();

@@ -40,6 +40,7 @@ class SemanticPool : public FoldedAttention<Scalar, sca_semantic_pool> {
 
   // What one thread works in; rows are of all heads of a label's latents.
   struct Scratch {
+    ChunkLabels labels;
     TurnedTile<Scalar> x_tile, gradient_tile;
     FeatureBlock<T> x, gradient;
     RowTable<T> queries, gradients;        // (rows, channels)
@@ -48,7 +49,8 @@ class SemanticPool : public FoldedAttention<Scalar, sca_semantic_pool> {
     T** sums;                              // the partial rows
 
     Scratch(Arena& arena, const SemanticPool& kernel)
-        : x_tile(kernel.make_tile(arena)),
+        : labels(kernel.make_labels(arena)),
+          x_tile(kernel.make_tile(arena)),
           gradient_tile(kernel.make_tile(arena)),
           x(arena, kernel.call_.channels, kernel.block_),
           gradient(arena, kernel.call_.channels, kernel.block_),
@@ -60,15 +62,26 @@ class SemanticPool : public FoldedAttention<Scalar, sca_semantic_pool> {
           sums(arena.take<T*>(kernel.most_rows())) {}
   };
 
-  // Clears the partial rows of a label's latents in a chunk and points `sums` at them.
-  void clear_partials(int64_t image, int64_t chunk_index, Range latents, T** sums) const {
+  // Clears the partial rows of the labels in a chunk.
+  void clear_partials(int64_t image, int64_t chunk, const ChunkLabels& labels) const {
+    for (int64_t i = 0; i < labels.count; ++i) {
+      Base::each_row(labelled_latents(image, labels.list[i].label), [&](int64_t, int64_t head, int64_t latent) {
+        const int64_t index = Base::partial(image, head, chunk, latent);
+        max_[index] = -std::numeric_limits<T>::infinity();
+        sum_[index] = 0;
+        T* sums = partials_ + index * partial_width_;
+        for (int64_t p = 0; p < partial_width_; ++p) sums[p] = 0;
+      });
+    }
+  }
+  void point_to_partials(int64_t image, int64_t chunk, Range latents, T** sums) const {
     Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
-      const int64_t index = Base::partial(image, head, chunk_index, latent);
-      max_[index] = -std::numeric_limits<T>::infinity();
-      sum_[index] = 0;
-      sums[j] = partials_ + index * partial_width_;
-      for (int64_t i = 0; i < partial_width_; ++i) sums[j][i] = 0;
+      sums[j] = partials_ + Base::partial(image, head, chunk, latent) * partial_width_;
     });
+  }
+  // None for pixels without label.
+  Range labelled_latents(int64_t image, int64_t label) const {
+    return ImageTokens(call_.latents, image).with_label(label);
   }
 
   // table[j][p] = <queries[j], pixel p> + row_bias + col_bias

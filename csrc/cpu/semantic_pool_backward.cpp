@@ -10,6 +10,7 @@ namespace {
 template <typename Scalar>
 class Backward : public SemanticPool<Scalar> {
   using Base = SemanticPool<Scalar>;
+  using typename Base::Ahead;
   using typename Base::Scratch;
   using typename Base::T;
   using Base::call_;
@@ -70,54 +71,60 @@ class Backward : public SemanticPool<Scalar> {
   void differentiate_chunk(int64_t image, int64_t chunk, Scratch& scratch) const {
     const FeatureMap<Scalar> x = image_of<Scalar>(call_.x, image, call_.channels);
     const FeatureMap<Scalar> grad_x = image_of<Scalar>(gradients_.grad_x, image, call_.channels);
-    const bool wants_x = gradients_.grad_x.data != nullptr;
-    if (!Base::turned_ || (wants_x && !has_planes(gradients_.grad_x))) {
-      return differentiate_pixels(image, chunk, x, grad_x, Base::streamed(), scratch);
-    }
-    const Rectangle place = Base::tile_of_chunk(chunk);
-    scratch.x_tile.load(x, place);
-    differentiate_pixels(image, chunk, scratch.x_tile.map(place), scratch.gradient_tile.map(place), false, scratch);
-    if (wants_x) scratch.gradient_tile.store_to(grad_x, place);
+    const bool wants_x = grad_x.data != nullptr, turned = Base::turned_ && (!wants_x || has_planes(gradients_.grad_x));
+    Base::find_labels(image, chunk, scratch.labels);
+    Base::clear_partials(image, chunk, scratch.labels);
+    Base::walk_chunk(
+        image, chunk, turned, x, {}, scratch.labels,
+        [&](const Segment& segment, const Ahead& ahead) {
+          differentiate_label(image, chunk, segment, ahead, x, grad_x, Base::streamed(), scratch);
+        },
+        [&](const Rectangle& place, const Segment* segments, int64_t count) {
+          scratch.x_tile.load(x, place);
+          for (int64_t i = 0; i < count; ++i) {
+            differentiate_label(image, chunk, segments[i], {}, scratch.x_tile.map(place),
+                                scratch.gradient_tile.map(place), false, scratch);
+          }
+          if (wants_x) scratch.gradient_tile.store_to(grad_x, place);
+        });
   }
 
   template <typename Stored>
-  void differentiate_pixels(int64_t image, int64_t chunk, const FeatureMap<Stored>& x, const FeatureMap<Stored>& grad_x,
-                            bool streamed, Scratch& scratch) const {
-    const ImageTokens latent_tokens(call_.latents, image), pixels(call_.pixels, image);
-    const bool wants_x = gradients_.grad_x.data != nullptr;
+  void differentiate_label(int64_t image, int64_t chunk, const Segment& segment, const Ahead& ahead,
+                           const FeatureMap<Stored>& x, const FeatureMap<Stored>& grad_x, bool streamed,
+                           Scratch& scratch) const {
     const T* offset = Base::offset_ + image * Base::channel_width_;
     const T* factor = Base::factor_ + image * Base::channel_width_;
     const T* centre = Base::centre_ + image * Base::channel_width_;
-    Base::each_label_of_chunk(image, chunk, [&](int64_t label, Range range, Range next) {
-      const Range latents = latent_tokens.with_label(label);
-      const int64_t count = latents.size() * call_.heads;
-      Base::load_rows(call_.queries, image, latents, scratch.queries);
-      Base::load_rows(gradients_.grad_pooled, image, latents, scratch.gradients);
-      Base::clear_partials(image, chunk, latents, scratch.sums);
-      Base::each_block(pixels, range, next, [&](const Runs& runs, const Runs& following) {
-        scratch.x.gather(x, runs);
-        Base::make_logits(scratch, runs, image, latents);
-        scratch.x.multiply(scratch.gradients, count, scratch.logit_gradients);
-        Base::add_by_position(runs, image, latents, gradients_.grad_row_mass, gradients_.grad_col_mass,
-                              scratch.logit_gradients);
-        Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
-          const int64_t row = Base::row(image, head, latent);
-          differentiate_softmax(scratch.weights.rows[j], scratch.logit_gradients.rows[j], runs.pixels,
-                                static_cast<const T*>(call_.lse)[row], Base::delta_[row]);
-        });
-        const Upcoming<Stored> upcoming(following, runs, x, {});
-        scratch.x.pool(scratch.logit_gradients, count, scratch.sums,
-                       [&](int64_t row, int64_t i) { upcoming.template fetch<false>(row, i / kLanes<T>); });
-        Base::sum_by_position(runs, scratch.logit_gradients, count, scratch.sums, Base::row_begin_,
-                              Base::column_begin_);
-        if (!wants_x) return;
-        scratch.gradient.locate(grad_x, runs, scratch.x.pixel_rows());
-        scratch.gradient.spread(Write::kReplace, scratch.weights, scratch.gradients, count);
-        scratch.gradient.spread(Write::kAccumulate, scratch.logit_gradients, scratch.queries, count);
-        scratch.gradient.add_affine(offset, factor, centre, scratch.x);
-        scratch.gradient.scatter(grad_x, runs, streamed);
-      });
-    });
+    const Range latents = Base::labelled_latents(image, segment.label);
+    const int64_t count = latents.size() * call_.heads;
+    Base::load_rows(call_.queries, image, latents, scratch.queries);
+    Base::load_rows(gradients_.grad_pooled, image, latents, scratch.gradients);
+    Base::point_to_partials(image, chunk, latents, scratch.sums);
+    Base::each_block(ImageTokens(call_.pixels, image), segment.positions, ahead,
+                     [&](const Runs& runs, const Upcoming<Scalar>& upcoming) {
+                       scratch.x.gather(x, runs);
+                       Base::make_logits(scratch, runs, image, latents);
+                       scratch.x.multiply(scratch.gradients, count, scratch.logit_gradients);
+                       Base::add_by_position(runs, image, latents, gradients_.grad_row_mass, gradients_.grad_col_mass,
+                                             scratch.logit_gradients);
+                       Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
+                         const int64_t row = Base::row(image, head, latent);
+                         differentiate_softmax(scratch.weights.rows[j], scratch.logit_gradients.rows[j], runs.pixels,
+                                               static_cast<const T*>(call_.lse)[row], Base::delta_[row]);
+                       });
+                       scratch.x.pool(scratch.logit_gradients, count, scratch.sums, [&](int64_t row, int64_t i) {
+                         upcoming.template fetch<false>(row, i / kLanes<T>);
+                       });
+                       Base::sum_by_position(runs, scratch.logit_gradients, count, scratch.sums, Base::row_begin_,
+                                             Base::column_begin_);
+                       if (!gradients_.grad_x.data) return;
+                       scratch.gradient.locate(grad_x, runs, scratch.x.pixel_rows());
+                       scratch.gradient.spread(Write::kReplace, scratch.weights, scratch.gradients, count);
+                       scratch.gradient.spread(Write::kAccumulate, scratch.logit_gradients, scratch.queries, count);
+                       scratch.gradient.add_affine(offset, factor, centre, scratch.x);
+                       scratch.gradient.scatter(grad_x, runs, streamed);
+                     });
   }
 
   // logits become weights, gradients of the weights become gradients of the logits; both zero past the last pixel.

@@ -7,6 +7,7 @@ namespace {
 template <typename Scalar>
 class Forward : public SemanticPool<Scalar> {
   using Base = SemanticPool<Scalar>;
+  using typename Base::Ahead;
   using typename Base::Scratch;
   using typename Base::T;
   using Base::call_;
@@ -22,62 +23,81 @@ class Forward : public SemanticPool<Scalar> {
   }
 
  private:
+  // The sums of which the moments of a chunk are made.
+  struct Moments {
+    double *mean, *squares;
+    T *shift, *sums, *sums_of_squares;
+    int64_t seen = 0, summed = 0;
+  };
+
   void pool_chunk(int64_t image, int64_t chunk, Scratch& scratch) const {
     const FeatureMap<Scalar> x = image_of<Scalar>(call_.x, image, call_.channels);
-    if (!Base::turned_) return pool_pixels(image, chunk, x, scratch);
-    const Rectangle place = Base::tile_of_chunk(chunk);
-    scratch.x_tile.load(x, place);
-    pool_pixels(image, chunk, scratch.x_tile.map(place), scratch);
+    T* const* rows = scratch.moments.rows;
+    const int64_t first = (image * Base::chunks_ + chunk) * call_.channels;
+    Moments moments{Base::mean_ + first, Base::squares_ + first, rows[0], rows[1], rows[2]};
+    for (int64_t c = 0; c < call_.channels; ++c) moments.mean[c] = moments.squares[c] = 0;
+    Base::find_labels(image, chunk, scratch.labels);
+    Base::clear_partials(image, chunk, scratch.labels);
+    Base::walk_chunk(
+        image, chunk, Base::turned_, x, {}, scratch.labels,
+        [&](const Segment& segment, const Ahead& ahead) {
+          pool_label(image, chunk, segment, ahead, x, moments, scratch);
+        },
+        [&](const Rectangle& place, const Segment* segments, int64_t count) {
+          scratch.x_tile.load(x, place);
+          for (int64_t i = 0; i < count; ++i) {
+            pool_label(image, chunk, segments[i], {}, scratch.x_tile.map(place), moments, scratch);
+          }
+        });
+    merge_summed(moments);
+    Base::seen_[image * Base::chunks_ + chunk] = static_cast<double>(moments.seen);
   }
 
   template <typename Stored>
-  void pool_pixels(int64_t image, int64_t chunk, const FeatureMap<Stored>& x, Scratch& scratch) const {
-    const ImageTokens latent_tokens(call_.latents, image), pixels(call_.pixels, image);
-    const int64_t moments = (image * Base::chunks_ + chunk) * call_.channels;
-    double *mean = Base::mean_ + moments, *squares = Base::squares_ + moments;
-    for (int64_t c = 0; c < call_.channels; ++c) mean[c] = squares[c] = 0;
-    T *shift = scratch.moments.rows[0], *sums = scratch.moments.rows[1], *sums_of_squares = scratch.moments.rows[2];
-    int64_t seen = 0, summed = 0;
-    const auto merge_summed = [&] {
-      for (int64_t c = 0; c < call_.channels && summed > 0; ++c) {
-        merge_sums(static_cast<double>(seen), mean[c], squares[c], static_cast<double>(summed), shift[c], sums[c],
-                   sums_of_squares[c]);
-      }
-      seen += summed;
-      summed = 0;
-    };
-    Base::each_label_of_chunk(image, chunk, [&](int64_t label, Range range, Range next) {
-      const Range latents = latent_tokens.with_label(label);
-      const int64_t count = latents.size() * call_.heads;
-      Base::load_rows(call_.queries, image, latents, scratch.queries);
-      Base::clear_partials(image, chunk, latents, scratch.sums);
-      Base::each_block(pixels, range, next, [&](const Runs& runs, const Runs& following) {
-        scratch.x.gather(x, runs);
-        if (summed == 0) {
-          scratch.x.copy_first_pixel(shift);
-          for (int64_t c = 0; c < Base::channel_width_; ++c) sums[c] = sums_of_squares[c] = 0;
-        }
-        scratch.x.sum_differences(shift, sums, sums_of_squares);
-        summed += runs.pixels;
-        if (summed >= kMostSummed) merge_summed();
-        if (count == 0) return;
-        Base::make_logits(scratch, runs, image, latents);
-        Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
-          const int64_t index = Base::partial(image, head, chunk, latent);
-          const T correction = add_to_softmax(scratch.weights.rows[j], runs.pixels, padded<T>(runs.pixels), T(1),
-                                              Base::max_[index], Base::sum_[index]);
-          if (correction != 1) {
-            for (int64_t i = 0; i < Base::partial_width_; ++i) scratch.sums[j][i] *= correction;
-          }
+  void pool_label(int64_t image, int64_t chunk, const Segment& segment, const Ahead& ahead, const FeatureMap<Stored>& x,
+                  Moments& moments, Scratch& scratch) const {
+    const Range latents = Base::labelled_latents(image, segment.label);
+    const int64_t count = latents.size() * call_.heads;
+    Base::load_rows(call_.queries, image, latents, scratch.queries);
+    Base::point_to_partials(image, chunk, latents, scratch.sums);
+    Base::each_block(
+        ImageTokens(call_.pixels, image), segment.positions, ahead,
+        [&](const Runs& runs, const Upcoming<Scalar>& upcoming) {
+          scratch.x.gather(x, runs);
+          add_to_moments(scratch.x, runs.pixels, moments);
+          if (count == 0) return;
+          Base::make_logits(scratch, runs, image, latents);
+          Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
+            const int64_t index = Base::partial(image, head, chunk, latent);
+            const T correction = add_to_softmax(scratch.weights.rows[j], runs.pixels, padded<T>(runs.pixels), T(1),
+                                                Base::max_[index], Base::sum_[index]);
+            if (correction != 1) {
+              for (int64_t i = 0; i < Base::partial_width_; ++i) scratch.sums[j][i] *= correction;
+            }
+          });
+          scratch.x.pool(scratch.weights, count, scratch.sums,
+                         [&](int64_t row, int64_t i) { upcoming.template fetch<false>(row, i / kLanes<T>); });
+          Base::sum_by_position(runs, scratch.weights, count, scratch.sums, Base::row_begin_, Base::column_begin_);
         });
-        const Upcoming<Stored> upcoming(following, runs, x, {});
-        scratch.x.pool(scratch.weights, count, scratch.sums,
-                       [&](int64_t row, int64_t i) { upcoming.template fetch<false>(row, i / kLanes<T>); });
-        Base::sum_by_position(runs, scratch.weights, count, scratch.sums, Base::row_begin_, Base::column_begin_);
-      });
-    });
-    merge_summed();
-    Base::seen_[image * Base::chunks_ + chunk] = static_cast<double>(seen);
+  }
+
+  void add_to_moments(const FeatureBlock<T>& block, int64_t pixels, Moments& moments) const {
+    if (moments.summed == 0) {
+      block.copy_first_pixel(moments.shift);
+      for (int64_t c = 0; c < Base::channel_width_; ++c) moments.sums[c] = moments.sums_of_squares[c] = 0;
+    }
+    block.sum_differences(moments.shift, moments.sums, moments.sums_of_squares);
+    moments.summed += pixels;
+    if (moments.summed >= kMostSummed) merge_summed(moments);
+  }
+  void merge_summed(Moments& moments) const {
+    if (moments.summed == 0) return;
+    for (int64_t c = 0; c < call_.channels; ++c) {
+      merge_sums(static_cast<double>(moments.seen), moments.mean[c], moments.squares[c],
+                 static_cast<double>(moments.summed), moments.shift[c], moments.sums[c], moments.sums_of_squares[c]);
+    }
+    moments.seen += moments.summed;
+    moments.summed = 0;
   }
 
   void merge_chunks(int64_t image) const {

@@ -13,11 +13,6 @@ namespace {
 // Whether pixels of a row are adjacent, and channels are not.
 inline bool has_planes(const sca_feature_map& map) { return map.column_stride == 1 && map.channel_stride != 1; }
 
-// A rectangle of an image.
-struct Rectangle {
-  int64_t row, column, height, width;
-};
-
 template <typename Scalar>
 class TurnedTile {
  public:
