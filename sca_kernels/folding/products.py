@@ -77,8 +77,13 @@ def _is_fast(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(_dense(rows), _dense(weight), bias, "none", [], "")
     return result
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Without gaps between rows or columns: with them oneDNN falls back to code a thousand times slower."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
 class _Linear(torch.autograd.Function):
