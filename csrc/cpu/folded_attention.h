@@ -6,6 +6,7 @@
 // partial row. Partial rows are merged in the order of the chunks, so the bits do not depend on the number of threads.
 #pragma once
 
+#include "partial_rows.h"
 #include "turned_tile.h"
 
 namespace sca::SCA_CPU_CAPABILITY {
@@ -47,7 +48,8 @@ class FoldedAttention {
         chunks_(smaller(tiles_, kMostChunks)),
         turned_(has_planes(call.x) && call.channels % kLanes<T> == 0 &&
                 call.channels >= (tiles_ == chunks_ ? kFewestTurned : kFewestTurnedOfLarge)),
-        occurs_(arena_.template take<int8_t>(call.batch * chunks_ * (call.latents.labels + 1))) {}
+        occurs_(arena_.template take<int8_t>(call.batch * chunks_ * (call.latents.labels + 1))),
+        reached_(arena_.template take<Range>(call.batch * chunks_ * (call.latents.labels + 1))) {}
 
   // Runs visit(image, chunk, scratch) for every chunk of every image; each thread has a Scratch(arena, kernel).
   template <typename Scratch, typename Kernel, typename Visit>
@@ -78,6 +80,22 @@ class FoldedAttention {
     const ImageTokens latents(call_.latents, image);
     return latents.in_group(label);
   }
+  // Sums for each channel, and as many for rows and columns as a chunk can have.
+  PartialRows<T> make_partials(int64_t channel_sums) {
+    int64_t rows = 0;
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) rows = larger(rows, rows_of_chunk(chunk).size());
+    return {arena_, call_.batch * call_.heads * chunks_ * call_.latents.count, channel_sums, rows, call_.width};
+  }
+  Range rows_of_chunk(int64_t chunk) const {
+    const Range tiles = tiles_of_chunk(chunk);
+    return {tiles.begin / tiles_across_ * call_.tile_height,
+            smaller(call_.height, ((tiles.end - 1) / tiles_across_ + 1) * call_.tile_height)};
+  }
+  // The columns that a label has reached in a chunk.
+  Range& reached(int64_t image, int64_t chunk, int64_t label) const {
+    return reached_[(image * chunks_ + chunk) * (call_.latents.labels + 1) + label];
+  }
+
   // Finds the labels in a chunk, unlabelled pixels last as label labels, and notes which occur.
   void find_labels(int64_t image, int64_t chunk, ChunkLabels& labels) const {
     const ImageTokens pixels(call_.pixels, image);
@@ -86,6 +104,7 @@ class FoldedAttention {
     for (int64_t label = 0; label <= pixels.labels(); ++label) {
       const Range positions = positions_in_chunk(pixels, label, chunk);
       occurs[label] = positions.size() > 0;
+      reached(image, chunk, label) = {0, 0};
       if (positions.size() > 0) labels.list[labels.count++] = {label, positions};
     }
   }
@@ -171,7 +190,6 @@ class FoldedAttention {
   int64_t partial(int64_t image, int64_t head, int64_t chunk, int64_t latent) const {
     return ((image * call_.heads + head) * chunks_ + chunk) * call_.latents.count + latent;
   }
-  int64_t partial_count() const { return call_.batch * call_.heads * chunks_ * call_.latents.count; }
 
   // Most rows of a label: its latents in all heads.
   int64_t most_rows() const { return call_.heads * call_.latents.max_per_label; }
@@ -221,23 +239,6 @@ class FoldedAttention {
         }
       }
     });
-  }
-
-  // Adds up a table by the rows and by the columns of the image, into the two places in each of `sums`.
-  static void sum_by_position(const Runs& runs, const RowTable<T>& table, int64_t count, T* const* sums,
-                              int64_t row_begin, int64_t column_begin) {
-    for (int64_t j = 0; j < count; ++j) {
-      for (const Run& run : runs) {
-        const T* values = table.rows[j] + run.begin;
-        T* __restrict columns = sums[j] + column_begin + run.column;
-        T total = 0;
-        for (int64_t i = 0; i < run.size; ++i) {
-          columns[i] += values[i];
-          total += values[i];
-        }
-        sums[j][row_begin + run.row] += total;
-      }
-    }
   }
 
   const Call& call_;
@@ -296,7 +297,9 @@ class FoldedAttention {
     return found;
   }
 
-  int8_t* occurs_;  // (batch, chunks, labels + 1), whether a label occurs in a chunk
+  // (batch, chunks, labels + 1): whether a label occurs in a chunk, and the columns it has reached there
+  int8_t* occurs_;
+  Range* reached_;
 };
 
 }  // namespace

@@ -23,10 +23,7 @@ class Backward : public SemanticModulate<Scalar> {
         gradients_(gradients),
         scale_begin_(Base::channel_width_),
         shift_begin_(scale_begin_ + Base::channel_width_),
-        row_begin_(shift_begin_ + Base::channel_width_),
-        column_begin_(row_begin_ + padded<T>(call.height)),
-        partial_width_(column_begin_ + padded<T>(call.width)) {
-    partials_ = arena_.template take<T>(Base::partial_count() * partial_width_);
+        partials_(Base::make_partials(shift_begin_ + Base::channel_width_)) {
     chunk_sums_ = arena_.template take<T>(call.batch * Base::chunks_ * kChunkSums * Base::channel_width_);
     sums_ = arena_.template take<T>(call.batch * kSums * Base::channel_width_);
     const int64_t values = call.batch * call.heads * call.latents.count * call.channels;
@@ -122,6 +119,8 @@ class Backward : public SemanticModulate<Scalar> {
     const bool wants_x = gradients_.grad_x.data != nullptr;
     Base::load_label(image, latents, scratch);
     point_to_partials(image, chunk, latents, scratch);
+    const int64_t first_row = Base::rows_of_chunk(chunk).begin;
+    Range& reached = Base::reached(image, chunk, segment.label);
     Base::each_block(ImageTokens(call_.pixels, image), segment.positions, ahead,
                      [&](const Runs& runs, const Upcoming<Scalar>& upcoming) {
                        scratch.x.gather(x, runs);
@@ -136,7 +135,7 @@ class Backward : public SemanticModulate<Scalar> {
                        } else {
                          differentiate_modulation<false>(image, chunk, latents, runs, upcoming, scratch);
                        }
-                       differentiate_attention(latents, runs, scratch);
+                       differentiate_attention(latents, runs, first_row, reached, scratch);
                        if (wants_x) scratch.result.scatter(grad_x, runs);
                      });
   }
@@ -146,8 +145,7 @@ class Backward : public SemanticModulate<Scalar> {
     for (int64_t i = 0; i < labels.count; ++i) {
       const Range latents = ImageTokens(call_.latents, image).with_label(labels.list[i].label);
       Base::each_row(latents, [&](int64_t, int64_t head, int64_t latent) {
-        T* partial = partials_ + Base::partial(image, head, chunk, latent) * partial_width_;
-        for (int64_t p = 0; p < partial_width_; ++p) partial[p] = 0;
+        partials_.clear(partials_.at(Base::partial(image, head, chunk, latent)));
       });
     }
   }
@@ -155,7 +153,7 @@ class Backward : public SemanticModulate<Scalar> {
   // Points the sums of the table's rows at the partial rows of a label's latents.
   void point_to_partials(int64_t image, int64_t chunk, Range latents, Scratch& scratch) const {
     Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
-      T* partial = partials_ + Base::partial(image, head, chunk, latent) * partial_width_;
+      T* partial = partials_.at(Base::partial(image, head, chunk, latent));
       scratch.key_sums[j] = partial;
       scratch.scale_sums[j] = partial + scale_begin_;
       scratch.shift_sums[j] = partial + shift_begin_;
@@ -203,7 +201,8 @@ class Backward : public SemanticModulate<Scalar> {
     }
   }
 
-  void differentiate_attention(Range latents, const Runs& runs, Scratch& scratch) const {
+  void differentiate_attention(Range latents, const Runs& runs, int64_t first_row, Range& reached,
+                               Scratch& scratch) const {
     const int64_t count = latents.size() * call_.heads, width = padded<T>(runs.pixels);
     const int64_t rows = Base::attention_rows(latents);
     for (int64_t j = 0; j <= rows; ++j) {
@@ -221,7 +220,7 @@ class Backward : public SemanticModulate<Scalar> {
                             scratch.more_gradients.rows + first, latents.size(), width);
     }
     scratch.x.pool(scratch.logit_gradients, count, scratch.key_sums, FetchNothing{});
-    Base::sum_by_position(runs, scratch.logit_gradients, count, scratch.key_sums, row_begin_, column_begin_);
+    partials_.add_by_position(runs, scratch.logit_gradients, count, scratch.key_sums, first_row, reached);
     scratch.result.spread(Write::kAccumulate, scratch.logit_gradients, scratch.keys, count);
   }
 
@@ -245,33 +244,34 @@ class Backward : public SemanticModulate<Scalar> {
   void merge_label(int64_t image, int64_t head, int64_t label) const {
     const Range latents = Base::latents_of(image, label);
     const bool absent = ImageTokens(call_.pixels, image).with_label(label).size() == 0;
-    const auto each_partial = [&](int64_t latent, const auto& visit) {
+    // Clears a gradient and calls add(partial row, its chunk, target) for each chunk with pixels of the label.
+    const auto merge = [&](void* gradient, int64_t latent, int64_t size, const auto& add) {
+      if (!gradient) return;
+      T* target = static_cast<T*>(gradient) + Base::row(image, head, latent) * size;
+      for (int64_t i = 0; i < size; ++i) target[i] = 0;
       if (absent) return;
       Base::each_chunk_of_label(image, label, [&](int64_t chunk) {
-        visit(partials_ + Base::partial(image, head, chunk, latent) * partial_width_);
+        add(partials_.at(Base::partial(image, head, chunk, latent)), chunk, target);
       });
     };
-    for (int64_t latent = latents.begin; latent < latents.end; ++latent) {
-      const int64_t row = Base::row(image, head, latent);
-      const auto merge = [&](void* gradient, int64_t size, int64_t begin) {
-        if (!gradient) return;
-        T* target = static_cast<T*>(gradient) + row * size;
-        for (int64_t i = 0; i < size; ++i) target[i] = 0;
-        each_partial(latent, [&](const T* partial) {
-          for (int64_t i = 0; i < size; ++i) target[i] += partial[begin + i];
-        });
+    const auto channels_from = [&](int64_t begin) {
+      return [this, begin](const T* sums, int64_t, T* target) {
+        for (int64_t c = 0; c < call_.channels; ++c) target[c] += sums[begin + c];
       };
-      merge(gradients_.grad_keys, call_.channels, 0);
-      merge(grad_scale_, call_.channels, scale_begin_);
-      merge(grad_shift_, call_.channels, shift_begin_);
-      merge(gradients_.grad_row_bias, call_.height, row_begin_);
-      merge(gradients_.grad_col_bias, call_.width, column_begin_);
-      if (!gradients_.grad_key_bias) continue;
-      T total = 0;
-      each_partial(latent, [&](const T* partial) {
-        for (int64_t i = 0; i < call_.height; ++i) total += partial[row_begin_ + i];
+    };
+    for (int64_t latent = latents.begin; latent < latents.end; ++latent) {
+      merge(gradients_.grad_keys, latent, call_.channels, channels_from(0));
+      merge(grad_scale_, latent, call_.channels, channels_from(scale_begin_));
+      merge(grad_shift_, latent, call_.channels, channels_from(shift_begin_));
+      merge(gradients_.grad_row_bias, latent, call_.height, [&](const T* sums, int64_t chunk, T* target) {
+        partials_.add_rows(sums, 1, Base::rows_of_chunk(chunk), target);
       });
-      static_cast<T*>(gradients_.grad_key_bias)[row] = total;
+      merge(gradients_.grad_col_bias, latent, call_.width, [&](const T* sums, int64_t chunk, T* target) {
+        partials_.add_columns(sums, 1, Base::reached(image, chunk, label), target);
+      });
+      merge(gradients_.grad_key_bias, latent, 1, [&](const T* sums, int64_t chunk, T* target) {
+        partials_.add_to_total(sums, Base::rows_of_chunk(chunk), *target);
+      });
     }
   }
 
@@ -403,8 +403,9 @@ class Backward : public SemanticModulate<Scalar> {
   }
 
   const sca_semantic_modulate_gradients& gradients_;
-  const int64_t scale_begin_, shift_begin_, row_begin_, column_begin_, partial_width_;
-  T *partials_, *chunk_sums_, *sums_;
+  const int64_t scale_begin_, shift_begin_;
+  const PartialRows<T> partials_;
+  T *chunk_sums_, *sums_;
   T *grad_scale_, *grad_shift_;  // (batch, heads, latents, channels)
 };
 

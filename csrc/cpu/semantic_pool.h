@@ -1,5 +1,4 @@
-// What the forward and the backward of semantic_pool share. A partial row of a latent has the C channels, then a value
-// for each row and each column of the image.
+// What the forward and the backward of semantic_pool share.
 #pragma once
 
 #include "folded_attention.h"
@@ -15,16 +14,13 @@ class SemanticPool : public FoldedAttention<Scalar, sca_semantic_pool> {
   using typename Base::T;
 
   explicit SemanticPool(const sca_semantic_pool& call)
-      : Base(call, 2),
-        row_begin_(Base::channel_width_),
-        column_begin_(row_begin_ + padded<T>(call.height)),
-        partial_width_(column_begin_ + padded<T>(call.width)) {
-    const int64_t rows = Base::partial_count(), moments = call.batch * Base::chunks_ * call.channels;
-    partials_ = arena_.template take<T>(rows * partial_width_);
+      : Base(call, 2), partials_(Base::make_partials(Base::channel_width_)) {
+    const int64_t chunks = call.batch * Base::chunks_, moments = chunks * call.channels;
+    const int64_t rows = chunks * call.heads * call.latents.count;
     max_ = arena_.template take<T>(rows);
     sum_ = arena_.template take<T>(rows);
     mean_ = arena_.template take<double>(moments);
-    seen_ = arena_.template take<double>(call.batch * Base::chunks_);
+    seen_ = arena_.template take<double>(chunks);
     squares_ = arena_.template take<double>(moments);
     offset_ = arena_.template take<T>(call.batch * Base::channel_width_);
     factor_ = arena_.template take<T>(call.batch * Base::channel_width_);
@@ -69,14 +65,13 @@ class SemanticPool : public FoldedAttention<Scalar, sca_semantic_pool> {
         const int64_t index = Base::partial(image, head, chunk, latent);
         max_[index] = -std::numeric_limits<T>::infinity();
         sum_[index] = 0;
-        T* sums = partials_ + index * partial_width_;
-        for (int64_t p = 0; p < partial_width_; ++p) sums[p] = 0;
+        partials_.clear(partials_.at(index));
       });
     }
   }
   void point_to_partials(int64_t image, int64_t chunk, Range latents, T** sums) const {
     Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
-      sums[j] = partials_ + Base::partial(image, head, chunk, latent) * partial_width_;
+      sums[j] = partials_.at(Base::partial(image, head, chunk, latent));
     });
   }
   // None for pixels without label.
@@ -90,8 +85,8 @@ class SemanticPool : public FoldedAttention<Scalar, sca_semantic_pool> {
     Base::add_by_position(runs, image, latents, call_.row_bias, call_.col_bias, scratch.weights);
   }
 
-  const int64_t row_begin_, column_begin_, partial_width_;
-  T *partials_, *max_, *sum_;
+  const PartialRows<T> partials_;
+  T *max_, *sum_;
   double *mean_, *squares_, *seen_;  // of the chunks; the last is their pixels
   // (batch, padded channels), backward: moments and absent labels add offset + factor (x - centre) to the gradient of
   // x.

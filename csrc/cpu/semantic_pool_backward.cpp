@@ -101,30 +101,31 @@ class Backward : public SemanticPool<Scalar> {
     Base::load_rows(call_.queries, image, latents, scratch.queries);
     Base::load_rows(gradients_.grad_pooled, image, latents, scratch.gradients);
     Base::point_to_partials(image, chunk, latents, scratch.sums);
-    Base::each_block(ImageTokens(call_.pixels, image), segment.positions, ahead,
-                     [&](const Runs& runs, const Upcoming<Scalar>& upcoming) {
-                       scratch.x.gather(x, runs);
-                       Base::make_logits(scratch, runs, image, latents);
-                       scratch.x.multiply(scratch.gradients, count, scratch.logit_gradients);
-                       Base::add_by_position(runs, image, latents, gradients_.grad_row_mass, gradients_.grad_col_mass,
-                                             scratch.logit_gradients);
-                       Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
-                         const int64_t row = Base::row(image, head, latent);
-                         differentiate_softmax(scratch.weights.rows[j], scratch.logit_gradients.rows[j], runs.pixels,
-                                               static_cast<const T*>(call_.lse)[row], Base::delta_[row]);
-                       });
-                       scratch.x.pool(scratch.logit_gradients, count, scratch.sums, [&](int64_t row, int64_t i) {
-                         upcoming.template fetch<false>(row, i / kLanes<T>);
-                       });
-                       Base::sum_by_position(runs, scratch.logit_gradients, count, scratch.sums, Base::row_begin_,
-                                             Base::column_begin_);
-                       if (!gradients_.grad_x.data) return;
-                       scratch.gradient.locate(grad_x, runs, scratch.x.pixel_rows());
-                       scratch.gradient.spread(Write::kReplace, scratch.weights, scratch.gradients, count);
-                       scratch.gradient.spread(Write::kAccumulate, scratch.logit_gradients, scratch.queries, count);
-                       scratch.gradient.add_affine(offset, factor, centre, scratch.x);
-                       scratch.gradient.scatter(grad_x, runs, streamed);
-                     });
+    const int64_t first_row = Base::rows_of_chunk(chunk).begin;
+    Range& reached = Base::reached(image, chunk, segment.label);
+    Base::each_block(
+        ImageTokens(call_.pixels, image), segment.positions, ahead,
+        [&](const Runs& runs, const Upcoming<Scalar>& upcoming) {
+          scratch.x.gather(x, runs);
+          Base::make_logits(scratch, runs, image, latents);
+          scratch.x.multiply(scratch.gradients, count, scratch.logit_gradients);
+          Base::add_by_position(runs, image, latents, gradients_.grad_row_mass, gradients_.grad_col_mass,
+                                scratch.logit_gradients);
+          Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
+            const int64_t row = Base::row(image, head, latent);
+            differentiate_softmax(scratch.weights.rows[j], scratch.logit_gradients.rows[j], runs.pixels,
+                                  static_cast<const T*>(call_.lse)[row], Base::delta_[row]);
+          });
+          scratch.x.pool(scratch.logit_gradients, count, scratch.sums,
+                         [&](int64_t row, int64_t i) { upcoming.template fetch<false>(row, i / kLanes<T>); });
+          Base::partials_.add_by_position(runs, scratch.logit_gradients, count, scratch.sums, first_row, reached);
+          if (!gradients_.grad_x.data) return;
+          scratch.gradient.locate(grad_x, runs, scratch.x.pixel_rows());
+          scratch.gradient.spread(Write::kReplace, scratch.weights, scratch.gradients, count);
+          scratch.gradient.spread(Write::kAccumulate, scratch.logit_gradients, scratch.queries, count);
+          scratch.gradient.add_affine(offset, factor, centre, scratch.x);
+          scratch.gradient.scatter(grad_x, runs, streamed);
+        });
   }
 
   // logits become weights, gradients of the weights become gradients of the logits; both zero past the last pixel.
@@ -141,21 +142,26 @@ class Backward : public SemanticPool<Scalar> {
   void merge_label(int64_t image, int64_t head, int64_t label) const {
     const Range latents = Base::latents_of(image, label);
     const Range pixels = ImageTokens(call_.pixels, image).with_label(label);
-    const auto merge = [&](void* gradient, int64_t latent, int64_t size, int64_t begin) {
+    // Calls add(partial row, its chunk) for each chunk in which there are pixels of the label, with a cleared target.
+    const auto merge = [&](void* gradient, int64_t latent, int64_t size, const auto& add) {
       if (!gradient) return;
       T* target = static_cast<T*>(gradient) + Base::row(image, head, latent) * size;
       for (int64_t i = 0; i < size; ++i) target[i] = 0;
       if (pixels.size() == 0) return;
       Base::each_chunk_of_label(image, label, [&](int64_t chunk) {
-        const int64_t index = Base::partial(image, head, chunk, latent);
-        const T* source = Base::partials_ + index * Base::partial_width_ + begin;
-        for (int64_t i = 0; i < size; ++i) target[i] += source[i];
+        add(Base::partials_.at(Base::partial(image, head, chunk, latent)), chunk, target);
       });
     };
     for (int64_t latent = latents.begin; latent < latents.end; ++latent) {
-      merge(gradients_.grad_queries, latent, call_.channels, 0);
-      merge(gradients_.grad_row_bias, latent, call_.height, Base::row_begin_);
-      merge(gradients_.grad_col_bias, latent, call_.width, Base::column_begin_);
+      merge(gradients_.grad_queries, latent, call_.channels, [&](const T* sums, int64_t, T* target) {
+        for (int64_t c = 0; c < call_.channels; ++c) target[c] += sums[c];
+      });
+      merge(gradients_.grad_row_bias, latent, call_.height, [&](const T* sums, int64_t chunk, T* target) {
+        Base::partials_.add_rows(sums, 1, Base::rows_of_chunk(chunk), target);
+      });
+      merge(gradients_.grad_col_bias, latent, call_.width, [&](const T* sums, int64_t chunk, T* target) {
+        Base::partials_.add_columns(sums, 1, Base::reached(image, chunk, label), target);
+      });
     }
   }
 

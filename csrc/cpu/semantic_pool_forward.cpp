@@ -60,6 +60,8 @@ class Forward : public SemanticPool<Scalar> {
     const int64_t count = latents.size() * call_.heads;
     Base::load_rows(call_.queries, image, latents, scratch.queries);
     Base::point_to_partials(image, chunk, latents, scratch.sums);
+    const int64_t first_row = Base::rows_of_chunk(chunk).begin;
+    Range& reached = Base::reached(image, chunk, segment.label);
     Base::each_block(
         ImageTokens(call_.pixels, image), segment.positions, ahead,
         [&](const Runs& runs, const Upcoming<Scalar>& upcoming) {
@@ -72,12 +74,12 @@ class Forward : public SemanticPool<Scalar> {
             const T correction = add_to_softmax(scratch.weights.rows[j], runs.pixels, padded<T>(runs.pixels), T(1),
                                                 Base::max_[index], Base::sum_[index]);
             if (correction != 1) {
-              for (int64_t i = 0; i < Base::partial_width_; ++i) scratch.sums[j][i] *= correction;
+              Base::partials_.scale(scratch.sums[j], correction, reached);
             }
           });
           scratch.x.pool(scratch.weights, count, scratch.sums,
                          [&](int64_t row, int64_t i) { upcoming.template fetch<false>(row, i / kLanes<T>); });
-          Base::sum_by_position(runs, scratch.weights, count, scratch.sums, Base::row_begin_, Base::column_begin_);
+          Base::partials_.add_by_position(runs, scratch.weights, count, scratch.sums, first_row, reached);
         });
   }
 
@@ -120,25 +122,18 @@ class Forward : public SemanticPool<Scalar> {
     const Range pixels = ImageTokens(call_.pixels, image).with_label(label);
     for (int64_t latent = latents.begin; latent < latents.end; ++latent) {
       const int64_t row = Base::row(image, head, latent);
-      struct Part {
-        T* target;
-        int64_t size, begin;
-        const T* uniform;  // what a latent without pixels gets: these values, or else equal shares
-      };
-      const Part parts[] = {
-          {static_cast<T*>(call_.pooled) + row * call_.channels, call_.channels, 0,
-           static_cast<const T*>(call_.mean) + image * call_.channels},
-          {static_cast<T*>(call_.row_mass) + row * call_.height, call_.height, Base::row_begin_, nullptr},
-          {static_cast<T*>(call_.col_mass) + row * call_.width, call_.width, Base::column_begin_, nullptr}};
+      T* pooled = static_cast<T*>(call_.pooled) + row * call_.channels;
+      T* row_mass = static_cast<T*>(call_.row_mass) + row * call_.height;
+      T* col_mass = static_cast<T*>(call_.col_mass) + row * call_.width;
       T& lse = static_cast<T*>(call_.lse)[row];
       if (pixels.size() == 0) {
+        // All pixels have equal shares in what an absent label gets.
+        const T* mean = static_cast<const T*>(call_.mean) + image * call_.channels;
+        const T one = call_.empty_uniform ? T(1) : T(0);
+        for (int64_t c = 0; c < call_.channels; ++c) pooled[c] = call_.empty_uniform ? mean[c] : T(0);
+        for (int64_t r = 0; r < call_.height; ++r) row_mass[r] = one / static_cast<T>(call_.height);
+        for (int64_t c = 0; c < call_.width; ++c) col_mass[c] = one / static_cast<T>(call_.width);
         lse = -std::numeric_limits<T>::infinity();
-        for (const Part& part : parts) {
-          for (int64_t i = 0; i < part.size; ++i) {
-            const T share = part.uniform ? part.uniform[i] : T(1) / static_cast<T>(part.size);
-            part.target[i] = call_.empty_uniform ? share : T(0);
-          }
-        }
         continue;
       }
       T max = -std::numeric_limits<T>::infinity(), sum = 0;
@@ -150,15 +145,17 @@ class Forward : public SemanticPool<Scalar> {
         sum += std::exp(Base::max_[index] - max) * Base::sum_[index];
       });
       lse = max == -std::numeric_limits<T>::infinity() ? max : max + std::log(sum);
-      for (const Part& part : parts) {
-        for (int64_t i = 0; i < part.size; ++i) part.target[i] = 0;
-        Base::each_chunk_of_label(image, label, [&](int64_t chunk) {
-          const int64_t index = Base::partial(image, head, chunk, latent);
-          const T* source = Base::partials_ + index * Base::partial_width_ + part.begin;
-          const T weight = std::exp(Base::max_[index] - max) / sum;
-          for (int64_t i = 0; i < part.size; ++i) part.target[i] += weight * source[i];
-        });
-      }
+      for (int64_t c = 0; c < call_.channels; ++c) pooled[c] = 0;
+      for (int64_t r = 0; r < call_.height; ++r) row_mass[r] = 0;
+      for (int64_t c = 0; c < call_.width; ++c) col_mass[c] = 0;
+      Base::each_chunk_of_label(image, label, [&](int64_t chunk) {
+        const int64_t index = Base::partial(image, head, chunk, latent);
+        const T* __restrict sums = Base::partials_.at(index);
+        const T weight = std::exp(Base::max_[index] - max) / sum;
+        for (int64_t c = 0; c < call_.channels; ++c) pooled[c] += weight * sums[c];
+        Base::partials_.add_rows(sums, weight, Base::rows_of_chunk(chunk), row_mass);
+        Base::partials_.add_columns(sums, weight, Base::reached(image, chunk, label), col_mass);
+      });
     }
   }
 };
