@@ -77,6 +77,9 @@ def _is_fast(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        # For a part of a wider matrix oneDNN has no fast code: it would take a thousand times as long.
+        weight = weight.contiguous()
     result: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
     return result
 
