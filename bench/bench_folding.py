@@ -213,7 +213,7 @@ def test_choice(run: Run, configuration: Configuration, what: str, channels: int
             )
             for way, choice in ways.items()
         ]
-        figures = timing.compare(contenders, torch.float32, 0.2 if run.full else None)
+        figures = timing.compare(contenders, timing.TOLERANCE[torch.float32], timing.Pace(0.2) if run.full else None)
         timed = [figure for figure in figures[1:] if figure.median is not None]
         best = min(timed, key=lambda figure: figure.median or 0.0, default=None)
         run.record(

@@ -379,7 +379,7 @@ def _headline_figures(backward: bool, thread_count: int) -> list[Figure]:
         run = Run(full=True)
         problem = _pixels_to_latents(run, HEADLINE_SIDE, HEADLINE_LABELS)
         present, absent = contenders.lineup(problem, problem.expected(), backward, run.compile)
-        return [*timing.compare(present, problem.dtype, seconds=4.0), *absent]
+        return [*timing.compare(present, timing.TOLERANCE[problem.dtype], timing.Pace()), *absent]
 
 
 def _channels_first(tokens: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from . import report, timing
 from .report import Comparison, Goal
-from .timing import Contender, Figure
+from .timing import Contender, Figure, Pace
 
 _Choice = TypeVar("_Choice")
 
@@ -51,9 +51,13 @@ class Run:
         absent: Sequence[Figure] = (),
         unit: str = "ms",
         seconds: float = 4.0,
+        pace: Pace | None = None,
+        tolerance: float | None = None,
     ) -> None:
-        """Checks the contenders and, at full size, times them for about ``seconds``."""
-        figures = timing.compare(contenders, dtype, seconds if self.full else None)
+        """Checks the contenders and, at full size, times them for about ``seconds``, or at a given pace."""
+        pace = Pace(seconds) if pace is None else pace
+        tolerance = timing.TOLERANCE[dtype] if tolerance is None else tolerance
+        figures = timing.compare(contenders, tolerance, pace if self.full else None)
         figures = [*figures, *absent]
         self.record(figures, table=table, row=row, dtype=dtype, goals=goals, unit=unit)
 

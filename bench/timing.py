@@ -35,11 +35,9 @@ REUSED_MEMORY = {
 
 # Largest |result - expected| / |expected| (norms of whole tensors) of a correct contender. With
 # bfloat16 some contenders round logits and attention weights, each to within 2^-9.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
-_FEWEST_ROUNDS = 3
 _MOST_ROUNDS = 25
-_TURN_SECONDS = 0.03
 _MOST_CALLS_PER_TURN = 10
 _MOST_PREEMPTIONS = 100  # in a second; tens on a quiet machine, 250 when others compute
 _SHORTEST_SAMPLE_SECONDS = 1e-3  # quicker calls are timed several at a time
@@ -56,6 +54,7 @@ class Contender:
         shape: what is computed, for the record.
         work: times are divided by it, to give the time of a pixel or another unit of time.
         restore: brings each tensor of the result into the order of ``expected``; never timed.
+        joint: whether all tensors of the result are compared as one, so that small ones hardly count.
     """
 
     name: str
@@ -64,6 +63,7 @@ class Contender:
     shape: Mapping[str, int]
     work: float = 1.0
     restore: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,22 @@ class Figure:
         return self.preemptions is not None and self.preemptions > _MOST_PREEMPTIONS
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How long a comparison may take.
+
+    Attributes:
+        seconds: after which no further round begins.
+        turn_seconds: after which a turn ends. It should not be far shorter than the slowest contender's: the others
+            would be called too seldom.
+        fewest_rounds: that are made whatever they take.
+    """
+
+    seconds: float = 4.0
+    turn_seconds: float = 0.03
+    fewest_rounds: int = 3
+
+
 def skipped(name: str, shape: Mapping[str, int], reason: str) -> Figure:
     """Stands for a contender that does not take part."""
     return Figure(name, shape, problem=f"skipped: {reason}")
@@ -117,13 +133,13 @@ def ratio(numerator: Figure, denominator: Figure) -> tuple[float, float, float] 
     return numerator.median / denominator.median, lower, upper
 
 
-def compare(contenders: Sequence[Contender], dtype: torch.dtype, seconds: float | None) -> list[Figure]:
-    """Checks all contenders, then times those that are right for about ``seconds``, if any."""
-    checked = [_check(contender, TOLERANCE[dtype]) for contender in contenders]
-    if seconds is None:
+def compare(contenders: Sequence[Contender], tolerance: float, pace: Pace | None) -> list[Figure]:
+    """Checks all contenders, then times those that are right at a pace, if any."""
+    checked = [_check(contender, tolerance) for contender in contenders]
+    if pace is None:
         return checked
     able = [c for c, figure in zip(contenders, checked, strict=True) if not figure.problem]
-    times = dict(zip([contender.name for contender in able], _time(able, seconds), strict=True))
+    times = dict(zip([contender.name for contender in able], _time(able, pace), strict=True))
     return [_with_times(figure, times.get(figure.name)) for figure in checked]
 
 
@@ -167,15 +183,15 @@ def _check(contender: Contender, tolerance: float) -> Figure:
     if len(result) != len(contender.expected):
         given = f"{len(result)} tensors, expected {len(contender.expected)}"
         return Figure(contender.name, contender.shape, problem=f"failed: {given}")
-    error = max(
-        relative_error(contender.restore(tensor), expected)
-        for tensor, expected in zip(result, contender.expected, strict=True)
-    )
+    pairs = [(contender.restore(tensor), expected) for tensor, expected in zip(result, contender.expected, strict=True)]
+    if contender.joint and all(tensor.shape == expected.shape for tensor, expected in pairs):
+        pairs = [tuple(torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*pairs, strict=True))]
+    error = max(relative_error(*pair) for pair in pairs)
     problem = "" if error <= tolerance else f"failed: relative error {error:.1e} > {tolerance:.0e}"
     return Figure(contender.name, contender.shape, problem=problem, error=error)
 
 
-def _time(contenders: Sequence[Contender], seconds: float) -> list[_Samples]:
+def _time(contenders: Sequence[Contender], pace: Pace) -> list[_Samples]:
     batches = [_calls_per_sample(contender) for contender in contenders]
     samples = [_Samples([]) for _ in contenders]
     entries = list(zip(contenders, batches, samples, strict=True))
@@ -184,11 +200,11 @@ def _time(contenders: Sequence[Contender], seconds: float) -> list[_Samples]:
     try:
         start = time.perf_counter()
         for round_number in range(_MOST_ROUNDS):
-            if round_number >= _FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+            if round_number >= pace.fewest_rounds and time.perf_counter() - start > pace.seconds:
                 break
             # Back and forth, so that nobody always runs after the same neighbour.
             for contender, batch, collected in entries if round_number % 2 == 0 else entries[::-1]:
-                _take_turn(contender, batch, collected)
+                _take_turn(contender, batch, collected, pace.turn_seconds)
     finally:
         gc.enable()
     return samples
@@ -205,7 +221,7 @@ def _calls_per_sample(contender: Contender) -> int:
     return max(1, round(_SHORTEST_SAMPLE_SECONDS / max(elapsed, 1e-7)))
 
 
-def _take_turn(contender: Contender, batch: int, collected: _Samples) -> None:
+def _take_turn(contender: Contender, batch: int, collected: _Samples, turn_seconds: float) -> None:
     run, milliseconds = contender.run, 1e3 / contender.work
     taken: list[float] = []
     before = resource.getrusage(resource.RUSAGE_SELF)
@@ -216,7 +232,7 @@ def _take_turn(contender: Contender, batch: int, collected: _Samples) -> None:
             run()
         end = time.perf_counter()
         taken.append((end - start) * milliseconds / batch)
-        if end - turn_start > _TURN_SECONDS:
+        if end - turn_start > turn_seconds:
             break
     after = resource.getrusage(resource.RUSAGE_SELF)
     collected.page_faults += after.ru_minflt - before.ru_minflt

@@ -32,7 +32,6 @@ from sca_kernels.folding import (
     modulate_by_latents,
     pixels_attend_to_latents,
 )
-from sca_kernels.folding.products import linear
 
 LAYOUT = LatentLayout((3, 1, 0, 2, 4))
 CHANNELS, ENCODING, LATENT_DIM, ATTENTION_DIM = 8, 4, 6, 12
@@ -645,25 +644,3 @@ def test_errors(native):
 
 def wider_output(problem: Problem) -> dict[str, Tensor]:
     return problem.parameters | {"out.weight": torch.zeros(9, ATTENTION_DIM), "out.bias": torch.zeros(9)}
-
-
-@pytest.mark.parametrize("rows", [(3,), (64, 9), (40, 300), (2, 40, 300)])
-def test_linear(rows):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, generator=generator, requires_grad=True)
-    weight = torch.randn(200, rows[-1], generator=generator, requires_grad=True)
-    bias = torch.randn(200, generator=generator, requires_grad=True)
-    for factor in (weight, weight.detach().t().contiguous().t().requires_grad_()):
-        inputs = (x, factor, bias)
-        results = []
-        for function in (linear, nn.functional.linear):
-            out = function(*inputs)
-            first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
-            second = torch.autograd.grad(sum(part.square().sum() for part in first), inputs)
-            results.append([out, *first, *second])
-        for got, wanted in zip(*results, strict=True):
-            assert error_ratio(got.detach(), wanted.detach()) < 1e-5
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(linear(x, weight, bias), linear(x, weight, bias).float())
-        assert torch.autograd.grad(linear(x, weight, bias).sum(), x)[0].dtype == torch.float32
-    assert torch.func.vmap(linear, (0, None))(x.detach().unsqueeze(0), weight.detach()).shape == (1, *rows[:-1], 200)

@@ -50,7 +50,15 @@ Unexpected:
 """
 
 from .attention import MaskedAttention, MaskedTransformer, SameLabel
-from .configurations import ATTENTION_WIDTH, LATENTS_PER_LABEL, STYLE_WIDTH, make_encoder, make_generator
+from .configurations import (
+    ATTENTION_WIDTH,
+    LATENTS_PER_LABEL,
+    STYLE_WIDTH,
+    encoder_arguments,
+    generator_arguments,
+    make_encoder,
+    make_generator,
+)
 from .encoder import SemanticAttentionTransformerEncoder
 from .generator import SCAMGenerator, SCAMResUpscale, ToRGB
 from .layers import (
@@ -83,6 +91,8 @@ __all__ = [
     "SemanticAttentionTransformerEncoder",
     "SinusoidalPositionalEmbedding",
     "ToRGB",
+    "encoder_arguments",
+    "generator_arguments",
     "make_encoder",
     "make_generator",
     "mask_of_latents",

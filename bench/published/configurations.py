@@ -17,7 +17,20 @@ def make_generator(num_labels: int, height: int = 256, width: int = 256, **chang
 
     CelebAMask-HQ has 19 labels and ADE20K 151; iDesigner has 3, and 256 x 170 pixels. ``changes`` are other arguments.
     """
-    settings: dict[str, Any] = {
+    return SCAMGenerator(**generator_arguments(num_labels, height, width, **changes))
+
+
+def make_encoder(num_labels: int, **changes: Any) -> SemanticAttentionTransformerEncoder:
+    """The encoder of the default configuration, 14.2 million parameters for 19 labels."""
+    return SemanticAttentionTransformerEncoder(**encoder_arguments(num_labels, **changes))
+
+
+def generator_arguments(num_labels: int, height: int = 256, width: int = 256, **changes: Any) -> dict[str, Any]:
+    """All arguments of :func:`make_generator`'s generator."""
+    return {
+        "height": height,
+        "width": width,
+        "num_labels": num_labels,
         "num_filters_last_layer": 64,
         "num_up_layers": 6,
         "num_up_layers_with_mask_adain": 0,
@@ -35,12 +48,12 @@ def make_generator(num_labels: int, height: int = 256, width: int = 256, **chang
         "num_labels_bg": LATENTS_PER_LABEL,
         **changes,
     }
-    return SCAMGenerator(height=height, width=width, num_labels=num_labels, **settings)
 
 
-def make_encoder(num_labels: int, **changes: Any) -> SemanticAttentionTransformerEncoder:
-    """The encoder of the default configuration, 14.2 million parameters for 19 labels."""
-    settings: dict[str, Any] = {
+def encoder_arguments(num_labels: int, **changes: Any) -> dict[str, Any]:
+    """All arguments of :func:`make_encoder`'s encoder."""
+    return {
+        "num_labels": num_labels,
         "num_input_channels": 3,
         "positional_embedding_dim": 40,
         "num_latent_per_labels": LATENTS_PER_LABEL,
@@ -54,4 +67,3 @@ def make_encoder(num_labels: int, **changes: Any) -> SemanticAttentionTransforme
         "conv_features_dim_first": 16,
         **changes,
     }
-    return SemanticAttentionTransformerEncoder(num_labels=num_labels, **settings)
