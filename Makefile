@@ -14,7 +14,7 @@ export SCA_REQUIRE_NATIVE ?= 1
 help: ## list these targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
-demo: native ## reconstruct two photographs from a few latents per label; writes a picture
+demo: native ## train a small SCAM on two portraits and exchange their backgrounds; writes a picture
 	$(RUN) demo/run.py
 
 test: native ## all tests, then the benchmarks at small sizes, where they only check results

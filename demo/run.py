@@ -1,17 +1,15 @@
-"""Reconstructs two photographs from a few latents per label, learned through the operator and its gradients.
+"""Trains a small SCAM to reconstruct two portraits, and puts each subject before the other's background.
 
-Every pixel asks with features of its position; the latents of its label (background, face, body) answer. As a pixel
-never sees the latents of another label, no colour can cross a border of the label map, however hard training pulls.
+Every other step reconstructs the photographs from their own latents. In between the latents of the backgrounds are
+exchanged, and each region is compared with the photograph that its latents come from.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -19,207 +17,244 @@ import numpy as np
 import skimage.data
 import torch
 import torch.nn.functional as F
+from comparison import Comparison, compare_steps
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from sca_kernels import LabelMap, LatentLayout, semantic_cross_attention
+from sca_kernels import LabelMap, LatentLayout
+from scam_models import EncoderConfiguration, GeneratorConfiguration, Scam, ScamConfiguration, take_latents
 
 HERE = Path(__file__).resolve().parent
+NAMES = ("astronaut", "grace_hopper")
 LABELS = ("background", "face", "body")
-SIZE = 256
-HEADS, WIDTH, VALUE_WIDTH = 4, 64, 16
-LATENTS_PER_LABEL = 32
-HIGHEST_FREQUENCY = 30.0  # of the position features, in half periods across the image
-LEARNING_RATE = 0.03
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+BACKGROUND = LABELS.index("background")
+LATENTS_PER_LABEL = 16
+LEARNING_RATE = 2e-3
+SCALES = 4  # of the loss, each half as large as the one before
 
 
-@dataclass
-class Portrait:
-    """A photograph, its label map, and what was learned about it."""
+@dataclass(frozen=True)
+class Portraits:
+    """Photographs (2, 3, size, size) from -1 to 1, and their label maps."""
 
-    name: str
-    pixels: Tensor  # (SIZE * SIZE, 3) in [0, 1]
-    label_map: LabelMap
-    reconstruction: Tensor = field(default_factory=lambda: torch.empty(0))
-    strongest: Tensor = field(default_factory=lambda: torch.empty(0))  # index of each pixel's strongest latent
+    photographs: Tensor
+    labels: LabelMap
 
     @property
-    def psnr(self) -> float:
-        return -10 * math.log10(F.mse_loss(self.reconstruction, self.pixels).item())
+    def is_background(self) -> Tensor:
+        """(2, 1, size, size)."""
+        return self.labels.labels.unsqueeze(1) == BACKGROUND
+
+    def exchanged(self) -> Portraits:
+        """The same in the other order."""
+        return Portraits(self.photographs.flip(0), LabelMap.from_labels(self.labels.labels.flip(0), len(LABELS)))
 
 
-class Reconstruction(nn.Module):
-    """Colour of a pixel = sigmoid(linear(attention(position features, latents of the pixel's label)))."""
+@dataclass(frozen=True)
+class Results:
+    """What the trained model makes of both portraits.
 
-    def __init__(self, layout: LatentLayout) -> None:
-        super().__init__()
-        self.key = nn.Parameter(0.3 * torch.randn(1, HEADS, layout.count, WIDTH))
-        self.value = nn.Parameter(0.3 * torch.randn(1, HEADS, layout.count, VALUE_WIDTH))
-        self.to_colour = nn.Linear(HEADS * VALUE_WIDTH, 3)
-        self.register_buffer("query", position_features())
+    Attributes:
+        reconstructions: like the photographs.
+        transfers: each subject before the other's background.
+        strongest: (2, size, size), the latent that each pixel attends to most.
+        psnr: of each reconstruction, in dB.
+        transfer_psnr: of each transfer, where the photographs show what is to be seen.
+    """
 
-    def forward(self, attention: Attention) -> Tensor:
-        attended = attention(self.query, self.key, self.value)
-        return torch.sigmoid(self.to_colour(attended.transpose(1, 2).flatten(2)))[0]
-
-
-def position_features() -> Tensor:
-    """Sines and cosines of the position along random directions, (1, HEADS, SIZE * SIZE, WIDTH)."""
-    axis = torch.linspace(-1, 1, SIZE)
-    position = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).view(-1, 2)
-    waves = HEADS * WIDTH // 2
-    frequency = torch.randn(2, waves) * torch.logspace(math.log10(0.5), math.log10(HIGHEST_FREQUENCY), waves)
-    phase = (math.pi * position @ frequency).view(-1, HEADS, WIDTH // 2)
-    return torch.cat((phase.sin(), phase.cos()), -1).transpose(0, 1).unsqueeze(0).contiguous()
+    reconstructions: Tensor
+    transfers: Tensor
+    strongest: Tensor
+    psnr: Sequence[float]
+    transfer_psnr: Sequence[float]
 
 
-def load_portraits() -> list[Portrait]:
+def load_portraits(size: int) -> Portraits:
     hopper = Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").crop((0, 0, 512, 512))
-    portraits = []
-    for name, photograph in (("astronaut", Image.fromarray(skimage.data.astronaut())), ("grace_hopper", hopper)):
-        small = np.asarray(photograph.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX))
-        pixels = torch.from_numpy(small.copy()).view(-1, 3) / 255
+    photographs, labels = [], []
+    for name, photograph in zip(NAMES, (Image.fromarray(skimage.data.astronaut()), hopper), strict=True):
+        small = np.array(photograph.convert("RGB").resize((size, size), Image.Resampling.BOX))
+        photographs.append(torch.from_numpy(small).permute(2, 0, 1) / 127.5 - 1)
         label_map = LabelMap.from_png(HERE / "labels" / f"{name}.png", num_labels=len(LABELS))
-        portraits.append(Portrait(name, pixels, label_map.at(SIZE, SIZE)))
-    return portraits
+        labels.append(label_map.at(size, size).labels)
+    return Portraits(torch.stack(photographs), LabelMap.from_labels(torch.cat(labels), len(LABELS)))
 
 
-def kernel_attention(label_map: LabelMap, layout: LatentLayout) -> Attention:
-    return lambda query, key, value: semantic_cross_attention(query, key, value, label_map, layout, scale=1.0)
+def make_model(size: int) -> Scam:
+    """SCAM as published, with fewer and narrower layers; without noise, as only these two images are wanted."""
+    layout = LatentLayout.uniform(len(LABELS), LATENTS_PER_LABEL)
+    return Scam.from_configuration(
+        ScamConfiguration(
+            EncoderConfiguration(
+                layout=layout, latent_dim=64, attention_dim=64, num_blocks=5, encoding_channels=16, first_channels=16
+            ),
+            GeneratorConfiguration(
+                layout=layout,
+                height=size,
+                width=size,
+                latent_dim=64,
+                attention_dim=64,
+                num_blocks=5,
+                last_channels=16,
+                noise=False,
+            ),
+        )
+    )
 
 
-def dense_attention(mask: Tensor) -> Attention:
-    """The formulation with a matrix of all pixels by all latents."""
+def expected_transfers(portraits: Portraits) -> tuple[Tensor, Tensor]:
+    """Each subject before the other's background, and where the photographs show it.
 
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        logits = (query @ key.transpose(-2, -1)).masked_fill(~mask, -1e4)
-        return logits.softmax(-1) @ value
-
-    return attention
-
-
-def masked_sdpa(mask: Tensor) -> Attention:
-    """PyTorch's fused attention with the same mask; it wants values as wide as keys, so they are padded."""
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        padded = F.pad(value, (0, WIDTH - VALUE_WIDTH))
-        return F.scaled_dot_product_attention(query, key, padded, attn_mask=mask, scale=1.0)[..., :VALUE_WIDTH]
-
-    return attention
+    What a background's own subject hides is filled in from around it. A margin counts as hidden too, since hair and
+    soft edges reach over the outlines.
+    """
+    subjects = (~portraits.is_background).float()
+    margin = portraits.photographs.shape[-1] // 64
+    is_shown = F.max_pool2d(subjects, 2 * margin + 1, stride=1, padding=margin) == 0
+    backgrounds = fill(portraits.photographs, is_shown)
+    target = torch.where(portraits.is_background, backgrounds.flip(0), portraits.photographs)
+    return target, ~portraits.is_background | is_shown.flip(0)
 
 
-def label_mask(label_map: LabelMap, layout: LatentLayout) -> Tensor:
-    """Which pixel may see which latent, (1, 1, SIZE * SIZE, latents)."""
-    latent_labels = layout.labels(label_map.device)
-    return (label_map.labels.view(1, 1, -1, 1) == latent_labels).contiguous()
+def fill(images: Tensor, is_known: Tensor) -> Tensor:
+    """Continues images smoothly where they are not known: from coarse to fine, each resolution starting the next."""
+    if is_known.all():
+        return images
+    share = F.avg_pool2d(is_known.float(), 2)
+    coarse = F.avg_pool2d(images * is_known, 2) / share.clamp(min=0.25)
+    fine = F.interpolate(fill(coarse, share > 0), size=images.shape[2:], mode="bilinear")
+    filled = torch.where(is_known, images, fine)
+    for _ in range(16):
+        blurred = F.avg_pool2d(F.pad(filled, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        filled = torch.where(is_known, images, blurred)
+    return filled
 
 
-def train(portrait: Portrait, layout: LatentLayout, steps: int) -> Reconstruction:
-    model = Reconstruction(layout)
-    attention = kernel_attention(portrait.label_map, layout)
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+def reconstruction_loss(images: Tensor, targets: Tensor) -> Tensor:
+    """Differences of pixels, and of their steps to their neighbours, in several resolutions."""
+    difference = images - targets
+    loss = difference.new_zeros(())
+    for _ in range(SCALES):
+        steps = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+        loss = loss + difference.abs().mean() + steps
+        difference = F.avg_pool2d(difference, 2)
+    return loss
+
+
+def train(model: Scam, portraits: Portraits, steps: int) -> None:
+    layout, labels = model.encoder.configuration.layout, portraits.labels
+    transfers, _ = expected_transfers(portraits)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    progress = tqdm(range(steps), desc=f"{portrait.name:<12}", unit="step")
+    progress = tqdm(range(steps), desc="training", unit="step")
     for step in progress:
-        loss = F.mse_loss(model(attention), portrait.pixels)
+        latents, targets = model.encode(portraits.photographs, labels), portraits.photographs
+        if step % 2 == 1:
+            latents, targets = take_latents(layout, latents, {BACKGROUND: latents.flip(0)}), transfers
+        loss = reconstruction_loss(model.generate(labels, latents), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 10 == 0 or step == steps - 1:
-            progress.set_postfix(loss=f"{loss.item():.5f}")
-    with torch.no_grad():
-        portrait.reconstruction = model(attention)
-        # Values that name the latents turn the output into the attention weights.
-        names = torch.eye(layout.count).expand(1, HEADS, -1, -1)
-        portrait.strongest = attention(model.query, model.key, names).mean(1)[0].argmax(-1)
-    return model
+            progress.set_postfix(loss=f"{loss.item():.4f}")
 
 
-def time_steps(model: Reconstruction, portrait: Portrait, contenders: dict[str, Attention]) -> dict[str, float]:
-    """Median seconds of forward and backward with each attention, taken in turns; they must agree first."""
-    results = {name: model(attention) for name, attention in contenders.items()}
-    expected = next(iter(results.values()))
-    for name, result in results.items():
-        torch.testing.assert_close(
-            result, expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(6):
-        for name, attention in contenders.items():
-            start = time.perf_counter()
-            F.mse_loss(model(attention), portrait.pixels).backward()
-            if round_number > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+@torch.inference_mode()
+def apply(model: Scam, portraits: Portraits) -> Results:
+    photographs, labels, other = portraits.photographs, portraits.labels, portraits.exchanged()
+    latents = model.encode(photographs, labels)
+    reconstructions = model.generate(labels, latents)
+    transfers = model.transfer_subject(photographs, labels, other.photographs, other.labels, background=BACKGROUND)
+    target, is_shown = expected_transfers(portraits)
+    return Results(
+        reconstructions,
+        transfers,
+        model.strongest_latents(labels, latents).latent,
+        psnr(reconstructions, photographs, torch.ones_like(is_shown)),
+        psnr(transfers, target, is_shown),
+    )
 
 
-def latent_colours(layout: LatentLayout) -> np.ndarray:
+def psnr(images: Tensor, targets: Tensor, where: Tensor) -> list[float]:
+    """Of each image in dB, over the pixels where ``where`` (2, 1, size, size) is true."""
+    errors = (images - targets).square().mean(1, keepdim=True) / 4
+    return [-10 * math.log10(error[mask].mean().item()) for error, mask in zip(errors, where, strict=True)]
+
+
+def latent_colours() -> np.ndarray:
     """A colour for each latent: the hue of its label, a shade of its own."""
     hues = ("Blues", "Oranges", "Greens")
     shades = np.linspace(0.25, 1.0, LATENTS_PER_LABEL)[np.random.default_rng(0).permutation(LATENTS_PER_LABEL)]
-    return np.concatenate([matplotlib.colormaps[hue](shades)[:, :3] for hue in hues[: layout.num_labels]])
+    return np.concatenate([matplotlib.colormaps[hue](shades)[:, :3] for hue in hues])
 
 
-def draw(portraits: Sequence[Portrait], layout: LatentLayout, path: Path) -> None:
+def draw(portraits: Portraits, results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    def shown(image: Tensor) -> np.ndarray:
+        return ((image + 1) / 2).permute(1, 2, 0).numpy()
+
     label_colours = np.array([[0.42, 0.55, 0.70], [0.95, 0.60, 0.25], [0.35, 0.62, 0.38]])
-    figure, axes = plt.subplots(len(portraits), 4, figsize=(13, 3.45 * len(portraits)), layout="constrained")
-    for row, portrait in zip(axes, portraits, strict=True):
+    rows = len(NAMES)
+    figure, axes = plt.subplots(rows, 5, figsize=(12, 2.6 * rows), layout="constrained")
+    for index, row in enumerate(axes):
         panels = {
-            "photograph": portrait.pixels.numpy(),
-            "label map": label_colours[portrait.label_map.labels.flatten().numpy()],
-            f"reconstruction, {portrait.psnr:.1f} dB": portrait.reconstruction.numpy(),
-            "strongest latent of each pixel": latent_colours(layout)[portrait.strongest.numpy()],
+            "photograph": shown(portraits.photographs[index]),
+            "label map": label_colours[portraits.labels.labels[index].numpy()],
+            f"reconstruction, {results.psnr[index]:.1f} dB": shown(results.reconstructions[index]),
+            "before the other's background": shown(results.transfers[index]),
+            "strongest latent of each pixel": latent_colours()[results.strongest[index].numpy()],
         }
         for axis, (title, panel) in zip(row, panels.items(), strict=True):
-            axis.imshow(panel.reshape(SIZE, SIZE, 3), interpolation="nearest")
-            axis.set_title(title, fontsize=11)
+            axis.imshow(panel)
+            axis.set_title(title, fontsize=10)
             axis.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=700, help="training steps for each photograph")
+def report(results: Results, comparison: Comparison) -> str:
+    lines = [
+        f"{name}: reconstruction {own:.1f} dB PSNR, before the other's background {transfer:.1f} dB where it is known"
+        for name, own, transfer in zip(NAMES, results.psnr, results.transfer_psnr, strict=True)
+    ]
+    lines.append(
+        f"a training step on {torch.get_num_threads()} threads "
+        f"(images agree to {comparison.image_error:.0e}, losses to {comparison.loss_error:.0e}):"
+    )
+    ours, *_ = comparison.costs.values()
+    for name, cost in comparison.costs.items():
+        slower, larger = cost.seconds / ours.seconds, cost.peak_bytes / ours.peak_bytes
+        lines.append(
+            f"  {name:<20} {cost.seconds * 1e3:7.0f} ms {slower:5.1f}x   "
+            f"peak {cost.peak_bytes / 2**20:6.0f} MiB {larger:5.1f}x"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--steps", type=int, default=800, help="training steps")
+    parser.add_argument("--size", type=int, default=256, help="height and width of the images, at least 64")
     parser.add_argument("--output", type=Path, default=HERE / "output" / "reconstruction.png", help="picture to write")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    layout = LatentLayout.uniform(num_labels=len(LABELS), latents=LATENTS_PER_LABEL)
-    portraits = load_portraits()
-    for portrait in portraits:
-        model = train(portrait, layout, arguments.steps)
-    draw(portraits, layout, arguments.output)
+    portraits = load_portraits(options.size)
+    model = make_model(options.size)
+    train(model, portraits, options.steps)
+    results = apply(model, portraits)
+    draw(portraits, results, options.output)
 
-    mask = label_mask(portrait.label_map, layout)
-    seconds = time_steps(
-        model,
-        portrait,
-        {
-            "sca-kernels": kernel_attention(portrait.label_map, layout),
-            "dense mask": dense_attention(mask),
-            "scaled_dot_product_attention with mask": masked_sdpa(mask),
-        },
-    )
-    print()
-    for portrait in portraits:
-        print(f"{portrait.name}: reconstructed at {portrait.psnr:.1f} dB PSNR")
-    print(
-        f"one step, forward and backward, {SIZE * SIZE} pixels, {len(LABELS)} labels x {LATENTS_PER_LABEL} latents, "
-        f"{HEADS} heads, {torch.get_num_threads()} threads:"
-    )
-    fastest = seconds["sca-kernels"]
-    for name, value in seconds.items():
-        print(f"  {name:<40} {value * 1e3:7.1f} ms  {value / fastest:5.1f}x")
-    print(f"picture: {arguments.output}")
+    def loss(images: Tensor) -> Tensor:
+        return reconstruction_loss(images, portraits.photographs)
+
+    print(report(results, compare_steps(model, portraits.photographs, portraits.labels, loss)))
+    print(f"picture: {options.output}")
 
 
 if __name__ == "__main__":
