@@ -1,7 +1,8 @@
 """Trains a small SCAM to reconstruct two portraits, and puts each subject before the other's background.
 
 Every other step reconstructs the photographs from their own latents. In between the latents of the backgrounds are
-exchanged, and each region is compared with the photograph that its latents come from.
+exchanged, and each region is compared with the photograph that its latents come from. What a background's own subject
+hides there is filled in from around it.
 """
 
 from __future__ import annotations
