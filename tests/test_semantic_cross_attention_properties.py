@@ -153,7 +153,7 @@ def test_keys_of_labels_without_queries_change_nothing(problem, latents, empty):
     assert isinstance(key_tokens, LatentLayout)
     added = key_tokens.count - layout.count
     more_keys, more_values = (
-        torch.cat((tensor, torch.full_like(tensor[:, :, :1], 7.0).expand(-1, -1, added, -1)), 2)
+        torch.cat((tensor, tensor.new_full((*tensor.shape[:2], added, tensor.shape[3]), 7.0)), 2)
         for tensor in (problem.key, problem.value)
     )
     wider = problem.changed(
