@@ -191,6 +191,7 @@ class Problem:
         self.one_hot = mask_of_latents(self.labels, torch.arange(sizes.num_labels)).to(dtype)
         self.image = torch.rand((sizes.batch, 3, sizes.height, sizes.width), dtype=dtype) * 2 - 1
         self._starts: dict[torch.Size, Tensor] = {}
+        self._published_results: dict[bool, tuple[Tensor, ...]] = {}
 
     @property
     def shape(self) -> dict[str, int]:
@@ -209,7 +210,7 @@ class Problem:
     ) -> Contender:
         """The published networks."""
         run = compiled_by(self.published)
-        expected = self._expected[backward] if autocast else ()
+        expected = self._expected(backward) if autocast else ()
         return self._contender(
             name, lambda: (run(self.image, self.one_hot),), self._weights.values(), expected, backward, autocast
         )
@@ -231,7 +232,7 @@ class Problem:
             return (run(self.image, LabelMap(self.labels, self.sizes.num_labels)),)
 
         weights = [own[names[key]] for key in self._weights]
-        return self._contender(name, reconstruct, weights, self._expected[backward], backward)
+        return self._contender(name, reconstruct, weights, self._expected(backward), backward)
 
     def convolutions(
         self, name: str, *, backward: bool, ours: bool, memory_format: torch.memory_format | None = None
@@ -244,7 +245,7 @@ class Problem:
         small_map = F.interpolate(self.one_hot, size=generator.sizes[0])
         if memory_format is not None:
             network = network.to(memory_format=memory_format)
-        expected = self._expected_convolutions[backward]
+        expected = self._expected_convolutions(backward)
         weights = list(network.parameters())
         return self._contender(name, lambda: network(self.image, small_map), weights, expected, backward)
 
@@ -300,16 +301,16 @@ class Problem:
             if not name.endswith("v_linear.bias")
         }
 
-    @cached_property
-    def _expected(self) -> dict[bool, tuple[Tensor, ...]]:
-        """Results and gradients of the published networks without autocast."""
-        return {
-            backward: self.as_published("exact", backward=backward, autocast=False).run() for backward in (False, True)
-        }
+    def _expected(self, backward: bool) -> tuple[Tensor, ...]:
+        """Results or gradients of the published networks without autocast."""
+        if backward not in self._published_results:
+            self._published_results[backward] = self.as_published("exact", backward=backward, autocast=False).run()
+        return self._published_results[backward]
 
-    @cached_property
-    def _expected_convolutions(self) -> dict[bool, tuple[Tensor, ...]]:
+    def _expected_convolutions(self, backward: bool) -> tuple[Tensor, ...]:
         network = PublishedConvolutions(self.published)
-        results = network(self.image, self.one_hot)
-        gradients = torch.autograd.grad(results, network.weights(), [self._start(result) for result in results])
-        return {False: tuple(result.detach() for result in results), True: gradients}
+        with torch.set_grad_enabled(backward):
+            results = network(self.image, self.one_hot)
+        if not backward:
+            return results
+        return torch.autograd.grad(results, network.weights(), [self._start(result) for result in results])
