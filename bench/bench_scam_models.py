@@ -39,7 +39,7 @@ PASSES = {False: "inference", True: "training step"}
 # Of results and of gradients; in bfloat16, where the published networks are as far off, of all gradients together.
 TOLERANCE = {
     torch.float64: {False: 1e-9, True: 1e-9},
-    torch.float32: {False: 1e-5, True: 0.1},
+    torch.float32: {False: 5e-5, True: 0.1},
     torch.bfloat16: {False: 0.1, True: 0.4},
 }
 # On the CPU, for inference and for training: channels-last convolutions are quicker forwards, NCHW ones backwards.
@@ -87,6 +87,8 @@ def noise_as_without_compiling(run: Run) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name, batch", ROWS)
 def test_models(run: Run, name: str, batch: int, dtype: torch.dtype, backward: bool) -> None:
+    if run.full and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("without AVX-512 oneDNN has no convolution in bfloat16, and PyTorch's own takes minutes")
     problem, all_labels = _problems(run, replace(CONFIGURATIONS[name], batch=batch, dtype=dtype))
     is_headline = batch == 1 and dtype == torch.float32
     settings = {"backward": backward, "memory_format": MEMORY_ORDER[backward]}
