@@ -144,11 +144,12 @@ def compare(contenders: Sequence[Contender], tolerance: float, pace: Pace | None
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
-    """|result - expected| / |expected|; infinite if shapes differ or something is not finite."""
+    """|result - expected| / |expected|, or |result| where zeros are expected; infinite if shapes differ or something is
+    not finite."""
     if result.shape != expected.shape:
         return math.inf
-    difference = torch.linalg.vector_norm(result.detach() - expected, dtype=torch.float64)
-    error = float(difference / torch.linalg.vector_norm(expected, dtype=torch.float64))
+    difference = float(torch.linalg.vector_norm(result.detach() - expected, dtype=torch.float64))
+    error = difference / (float(torch.linalg.vector_norm(expected, dtype=torch.float64)) or 1.0)
     return math.inf if math.isnan(error) else error
 
 
