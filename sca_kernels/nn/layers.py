@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autocast import without_autocast
 from ..folding import AttentionProjections, FoldingCache, Projection
 from ..folding.layers import times
-from ..ops.arguments import without_autocast
 
 NEGATIVE_SLOPE = 0.2
 
