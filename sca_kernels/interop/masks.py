@@ -65,7 +65,7 @@ class Sides(NamedTuple):
 
 
 def find_regions(mask: Tensor, layout: LatentLayout, planes: Planes, *, assume_one_hot: bool) -> Regions | str | None:
-    """What a mask says, why it cannot be said as a label map, or None if that is not known or for nobody to know.
+    """What a mask says, what is wrong with it, or None if nobody can look at it or its shape is another.
 
     Args:
         mask: as in :class:`Regions`.
@@ -74,7 +74,7 @@ def find_regions(mask: Tensor, layout: LatentLayout, planes: Planes, *, assume_o
         assume_one_hot: whether to believe that the mask is one-hot.
     """
     expected = layout.num_labels if planes == "labels" else layout.count
-    if mask.dim() != 4 or mask.shape[1] != expected or not mask.is_floating_point():
+    if mask.dim() != 4 or mask.shape[1] != expected:
         return None
     labels = _find_labels(mask, mask, layout, planes, assume_one_hot)
     return Regions(labels, layout, mask, planes) if isinstance(labels, LabelMap) else labels

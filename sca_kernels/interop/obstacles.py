@@ -99,7 +99,7 @@ def starts_with_activation(convolution: nn.Module) -> bool:
     return (
         type(convolution) is nn.Sequential
         and len(convolution) == 2
-        and not is_hooked(convolution)
+        and _of_part(convolution, "") is None
         and _of_activation(convolution[0], "") is None
     )
 

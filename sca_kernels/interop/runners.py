@@ -61,21 +61,18 @@ class Runner:
     def usable_cache(self) -> FoldingCache | None:
         return None if self.module.training else self.cache
 
-    def own(self, *arguments: Any, **named: Any) -> Any:
-        """The module's own code."""
-        return type(self.module).forward(self.module, *arguments, **named)
-
-    def own_with_mask(self, why_not: str | None, *arguments: Any) -> Any:
-        """The module's own code, and that of all modules inside if ``why_not`` is what is wrong with the mask."""
-        if why_not is not None and why_not not in self.warned:
-            self.warned.add(why_not)
+    def own(self, found: Regions | Sides | str | None, *arguments: Any) -> Any:
+        """The module's own code; that of all modules inside too, where ``found`` is what is wrong with the mask."""
+        if isinstance(found, str) and found not in self.warned:
+            self.warned.add(found)
             name = type(self.module).__name__
-            warnings.warn(f"{name} runs its own code, not sca_kernels: {why_not}", UserWarning, stacklevel=2)
-        with nullcontext() if why_not is None else giving_up():
-            return self.own(*(value.dense if isinstance(value, Regions) else value for value in arguments))
+            warnings.warn(f"{name} runs its own code, not sca_kernels: {found}", UserWarning, stacklevel=2)
+        with giving_up() if isinstance(found, str) else nullcontext():
+            dense = (value.dense if isinstance(value, Regions) else value for value in arguments)
+            return type(self.module).forward(self.module, *dense)
 
     def read(self, mask: Mask, batch: int) -> Regions | str | None:
-        """What the mask says; else why the module must run its own code, if that is due to the mask."""
+        """What the mask says, what is wrong with it, or None if something else speaks for the module's own code."""
         if self.obstacle() is not None:
             return None
         if isinstance(mask, Regions):
@@ -107,7 +104,7 @@ class AttentionRunner(Runner):
     ) -> Any:
         sides = _read_sides(self, X_to, X_from, mask_from, return_attention)
         if not isinstance(sides, Sides):
-            return _own_attention(self, sides, X_to, X_from, mask_from, return_attention)
+            return self.own(sides, X_to, X_from, mask_from, return_attention)
         layers = attention_projections(self.module)
         if sides.labels is None:
             out = latents_attend_to_latents(X_to, self.layout, layers)
@@ -133,7 +130,7 @@ class TransformerRunner(Runner):
     def __call__(self, X_to: Tensor, X_from: Tensor, mask: Tensor | None = None, return_attention: bool = False) -> Any:
         sides = _read_sides(self, X_to, X_from, mask, return_attention)
         if not isinstance(sides, Sides) or not sides.latents_attend:
-            return _own_attention(self, sides, X_to, X_from, mask, return_attention)
+            return self.own(sides, X_to, X_from, mask, return_attention)
         layers = transformer_layers(self.module, self.usable_cache)
         if sides.labels is None:
             return update_by_latents(X_to, self.layout, layers)
@@ -158,8 +155,7 @@ class ModulationRunner(Runner):
         """``twice``: whether to apply the leaky ReLU again, which otherwise the convolution behind does."""
         regions = self.read(segmentation_map, len(x))
         if not isinstance(regions, Regions) or style_codes is None or not self._fits(x, style_codes):
-            why_not = regions if isinstance(regions, str) else None
-            out, style_codes = self.own_with_mask(why_not, x, segmentation_map, style_codes, content_code)
+            out, style_codes = self.own(regions, x, segmentation_map, style_codes, content_code)
             return F.leaky_relu(out, NEGATIVE_SLOPE) if twice else out, style_codes
         slope = NEGATIVE_SLOPE**2 if twice else NEGATIVE_SLOPE
         layers = modulation_layers(self.module, self.layout, self.usable_cache, slope)
@@ -185,9 +181,9 @@ class ModulationRunner(Runner):
     def _result_type(self, x: Tensor) -> torch.dtype:
         """That of the published expression, which adds noise and the mask's gamma in the type of their parameters."""
         module = self.module
-        dtype, is_cast = x.dtype, torch.is_autocast_enabled(x.device.type)
-        if is_cast and module.norm_type == "LayerNorm":
-            dtype = torch.promote_types(dtype, torch.float32)
+        dtype = x.dtype
+        if module.norm_type == "LayerNorm" and x.is_cuda and torch.is_autocast_enabled("cuda"):
+            dtype = torch.promote_types(dtype, torch.float32)  # there, and not on a CPU, it is one of the casts
         if module.modulate:
             dtype = torch.promote_types(dtype, _linear_type(module.mlp_lti_gamma.weight))
             if module.use_mask_adain:
@@ -212,7 +208,7 @@ class ToRGBRunner(Runner):
         if module.modulate_fmap:
             regions = self.read(segmentation_map, len(x))
             if not isinstance(regions, Regions):
-                return self.own_with_mask(regions, x, segmentation_map, style_codes, previous_rgb)
+                return self.own(regions, x, segmentation_map, style_codes, previous_rgb)
             x, _ = module.mod_rgb(x, mask_for(module.mod_rgb, regions), style_codes=style_codes)
         rgb = module.conv_rgb(x)
         return rgb if previous_rgb is None else rgb + previous_rgb
@@ -231,7 +227,7 @@ class BlockRunner(Runner):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         regions = self.read(segmentation_map, len(x))
         if not isinstance(regions, Regions):
-            return self.own_with_mask(regions, x, segmentation_map, style_codes, content_code, previous_rgb)
+            return self.own(regions, x, segmentation_map, style_codes, content_code, previous_rgb)
         module = self.module
         # Resized once for all modulations: what is compiled remembers no label maps.
         smaller, larger = regions.at(*x.shape[2:]), None
@@ -267,7 +263,7 @@ class GeneratorRunner(Runner):
     def __call__(self, segmentation_map: Tensor, style_codes: Any = None, content_code: Tensor | None = None) -> Tensor:
         regions = self.read(segmentation_map, len(segmentation_map))
         if not isinstance(regions, Regions):
-            return self.own_with_mask(regions, segmentation_map, style_codes, content_code)
+            return self.own(regions, segmentation_map, style_codes, content_code)
         module = self.module
         x = module.first_conv(F.interpolate(segmentation_map, size=(module.small_h, module.small_w)))
         latents = self._latents(style_codes, len(segmentation_map))
@@ -310,7 +306,7 @@ class EncoderRunner(Runner):
         # Without the pyramid the published code does not resize the mask, and fails.
         fits = module.image_conv or input.shape[2:] == segmentation_map.shape[2:]
         if not isinstance(regions, Regions) or not fits:
-            return self.own_with_mask(regions if isinstance(regions, str) else None, input, segmentation_map)
+            return self.own(regions, input, segmentation_map)
         latents = self._initial_latents(input)
         cache = self.usable_cache
         for block, (level, is_image) in zip(module.backbone.values(), self._levels(input), strict=True):
@@ -358,7 +354,7 @@ def _modulate_and_convolve(
 def _read_sides(
     runner: Runner, X_to: Tensor, X_from: Tensor, mask: Tensor | None, return_attention: bool
 ) -> Sides | str | None:
-    """Who attends to whom; else why the module must run its own code, if that is due to the mask."""
+    """Who attends to whom, what is wrong with the mask, or None if something else speaks for the own code."""
     if return_attention or mask is None or is_given_up() or runner.obstacle() is not None:
         return None
     shape = X_to.shape[1], X_from.shape[1]
@@ -367,10 +363,6 @@ def _read_sides(
     if len(X_from) != len(X_to):
         return None
     return find_sides(mask, runner.layout, itself=X_to is X_from, assume_one_hot=runner.assume_one_hot)
-
-
-def _own_attention(runner: Runner, sides: Sides | str | None, *arguments: Any) -> Any:
-    return runner.own_with_mask(sides if isinstance(sides, str) else None, *arguments)
 
 
 def _as_image(tokens: Tensor) -> Tensor:
