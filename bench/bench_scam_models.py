@@ -14,7 +14,7 @@ without the optimizer; its results are the gradients of all weights.
 
 What is compared with what the published networks, in float32, return: at small sizes everything is in float64. With
 the gradient of a random loss some units of the many leaky ReLUs are on the other side of the kink after rounding, so
-that gradients in float32 agree only to :data:`TOLERANCE`; in float64 the tests of ``scam_models`` find 1e-9.
+that gradients in float32 agree only to ``whole_models.TOLERANCE``; in float64 the tests of ``scam_models`` find 1e-9.
 """
 
 from __future__ import annotations
@@ -25,21 +25,14 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from . import label_maps, memory
+from . import memory
 from .report import Goal
 from .run import Run
-from .timing import Figure, Pace
-from .whole_models import Problem, Sizes
+from .timing import Pace
+from .whole_models import CONFIGURATIONS, PASSES, TOLERANCE, make_problems
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 
-PASSES = {False: "inference", True: "training step"}
-# Of results and of gradients; in bfloat16, where the published networks are as far off, of all gradients together.
-TOLERANCE = {
-    torch.float64: {False: 1e-9, True: 1e-9},
-    torch.float32: {False: 1e-5, True: 2e-2},
-    torch.bfloat16: {False: 0.1, True: 0.4},
-}
 # Compiling the published networks takes minutes: only where a goal needs it.
 COMPILED = {("CelebAMask-HQ", False), ("ADE20K", False)}
 
@@ -53,11 +46,6 @@ class Goals:
     convolutions: float
 
 
-CONFIGURATIONS = {
-    "CelebAMask-HQ": Sizes("CelebAMask-HQ", 19),
-    "ADE20K": Sizes("ADE20K", 151),
-    "iDesigner": Sizes("iDesigner", 3, 256, 170),
-}
 GOALS = {
     "CelebAMask-HQ": Goals(published=(8, 5.5), compiled=5, convolutions=1.4),
     "ADE20K": Goals(published=(45, 22), compiled=18, convolutions=1.8),
@@ -83,7 +71,7 @@ def noise_as_without_compiling(run: Run) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name, batch", ROWS)
 def test_models(run: Run, name: str, batch: int, dtype: torch.dtype, backward: bool) -> None:
-    problem, all_labels = _problems(run, replace(CONFIGURATIONS[name], batch=batch, dtype=dtype))
+    problem, all_labels = make_problems(run, replace(CONFIGURATIONS[name], batch=batch, dtype=dtype))
     is_headline = batch == 1 and dtype == torch.float32
     entries = [problem.ours("ours", backward=backward)]
     if all_labels is not None:
@@ -115,41 +103,21 @@ def test_models(run: Run, name: str, batch: int, dtype: torch.dtype, backward: b
 def test_peak_memory(run: Run) -> None:
     """Of a training step. Parameters and inputs were there before and are not counted, gradients are."""
     assert memory.counts_correctly(), "the profiler does not report allocations as expected"
-    problem, all_labels = _problems(run, CONFIGURATIONS["ADE20K"])
+    problem, all_labels = make_problems(run, CONFIGURATIONS["ADE20K"])
     assert all_labels is not None
-    figures = []
-    for contender in (
+    contenders = (
         problem.ours("ours", backward=True),
         all_labels.ours("all labels", backward=True),
         problem.convolutions("convolutions", backward=True, ours=True),
         problem.as_published("published", backward=True),
-    ):
-        mebibytes = memory.peak_bytes(contender.run) / 2**20
-        figures.append(
-            Figure(
-                contender.name,
-                contender.shape,
-                median=mebibytes,
-                lower=mebibytes,
-                upper=mebibytes,
-                rounds=(mebibytes,),
-            )
-        )
+    )
     run.record(
-        figures,
+        [memory.peak_of(contender) for contender in contenders],
         table="Encoder + generator, peak memory of a training step: k = 8, float32, gradients counted",
         row="ADE20K, batch 1, 151 labels",
         unit="MiB",
         goals=[Goal(name, "published", at_most=0.25) for name in ("ours", "all labels")],
     )
-
-
-def _problems(run: Run, sizes: Sizes) -> tuple[Problem, Problem | None]:
-    """With a photograph's label map, and with one in which all labels occur."""
-    sizes = run.choose(sizes.reduced(), sizes)
-    if sizes.name == "iDesigner":
-        return Problem(sizes, label_maps.photograph), None
-    return Problem(sizes, label_maps.parts), Problem(sizes, label_maps.regions)
 
 
 def _goals(name: str, backward: bool) -> Sequence[Goal]:
