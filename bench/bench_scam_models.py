@@ -27,21 +27,14 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from . import label_maps, memory
+from . import memory
 from .report import Goal
 from .run import Run
-from .timing import Figure, Pace
-from .whole_models import Problem, Sizes
+from .timing import Pace
+from .whole_models import CONFIGURATIONS, PASSES, TOLERANCE, make_problems
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 
-PASSES = {False: "inference", True: "training step"}
-# Of results and of gradients; in bfloat16, where the published networks are as far off, of all gradients together.
-TOLERANCE = {
-    torch.float64: {False: 1e-9, True: 1e-9},
-    torch.float32: {False: 5e-5, True: 0.1},
-    torch.bfloat16: {False: 0.1, True: 0.4},
-}
 # On the CPU, for inference and for training: channels-last convolutions are quicker forwards, NCHW ones backwards.
 MEMORY_ORDER = {False: torch.channels_last, True: torch.contiguous_format}
 # Compiling the published networks takes minutes: only where a goal needs it.
@@ -57,11 +50,6 @@ class Goals:
     convolutions: float
 
 
-CONFIGURATIONS = {
-    "CelebAMask-HQ": Sizes("CelebAMask-HQ", 19),
-    "ADE20K": Sizes("ADE20K", 151),
-    "iDesigner": Sizes("iDesigner", 3, 256, 170),
-}
 GOALS = {
     "CelebAMask-HQ": Goals(published=(8, 5.5), compiled=5, convolutions=1.4),
     "ADE20K": Goals(published=(45, 22), compiled=18, convolutions=1.8),
@@ -89,7 +77,7 @@ def noise_as_without_compiling(run: Run) -> Iterator[None]:
 def test_models(run: Run, name: str, batch: int, dtype: torch.dtype, backward: bool) -> None:
     if run.full and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("without AVX-512 oneDNN has no convolution in bfloat16, and PyTorch's own takes minutes")
-    problem, all_labels = _problems(run, replace(CONFIGURATIONS[name], batch=batch, dtype=dtype))
+    problem, all_labels = make_problems(run, replace(CONFIGURATIONS[name], batch=batch, dtype=dtype))
     is_headline = batch == 1 and dtype == torch.float32
     settings = {"backward": backward, "memory_format": MEMORY_ORDER[backward]}
     entries = [problem.ours("ours", **settings)]
@@ -124,41 +112,21 @@ def test_models(run: Run, name: str, batch: int, dtype: torch.dtype, backward: b
 def test_peak_memory(run: Run) -> None:
     """Of a training step. Parameters and inputs were there before and are not counted, gradients are."""
     assert memory.counts_correctly(), "the profiler does not report allocations as expected"
-    problem, all_labels = _problems(run, CONFIGURATIONS["ADE20K"])
+    problem, all_labels = make_problems(run, CONFIGURATIONS["ADE20K"])
     assert all_labels is not None
-    figures = []
-    for contender in (
+    contenders = (
         problem.ours("ours", backward=True),
         all_labels.ours("all labels", backward=True),
         problem.convolutions("convolutions", backward=True, ours=True),
         problem.as_published("published", backward=True),
-    ):
-        mebibytes = memory.peak_bytes(contender.run) / 2**20
-        figures.append(
-            Figure(
-                contender.name,
-                contender.shape,
-                median=mebibytes,
-                lower=mebibytes,
-                upper=mebibytes,
-                rounds=(mebibytes,),
-            )
-        )
+    )
     run.record(
-        figures,
+        [memory.peak_of(contender) for contender in contenders],
         table="Encoder + generator, peak memory of a training step: k = 8, float32, gradients counted",
         row="ADE20K, batch 1, 151 labels",
         unit="MiB",
         goals=[Goal(name, "published", at_most=0.25) for name in ("ours", "all labels")],
     )
-
-
-def _problems(run: Run, sizes: Sizes) -> tuple[Problem, Problem | None]:
-    """With a photograph's label map, and with one in which all labels occur."""
-    sizes = run.choose(sizes.reduced(), sizes)
-    if sizes.name == "iDesigner":
-        return Problem(sizes, label_maps.photograph), None
-    return Problem(sizes, label_maps.parts), Problem(sizes, label_maps.regions)
 
 
 def _goals(name: str, backward: bool) -> Sequence[Goal]:

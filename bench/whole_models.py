@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sca_kernels
 from sca_kernels import LabelMap
 from scam_models import Encoder, Generator, Scam, load_published_state_dict
 from scam_models.published import encoder_configuration, generator_configuration, published_names
 
+from . import label_maps
 from .published import (
     NEGATIVE_SLOPE,
     SCAMGenerator,
@@ -25,9 +27,17 @@ from .published import (
     generator_arguments,
     mask_of_latents,
 )
+from .run import Run
 from .timing import Contender
 
 SEED = 3
+PASSES = {False: "inference", True: "training step"}
+# Of results and of gradients; in bfloat16, where the published networks are as far off, of all gradients together.
+TOLERANCE = {
+    torch.float64: {False: 1e-9, True: 1e-9},
+    torch.float32: {False: 5e-5, True: 0.1},
+    torch.bfloat16: {False: 0.1, True: 0.4},
+}
 Compiler = Callable[[nn.Module], Callable[..., Tensor]]
 SMALL_WIDTH = 8
 SMALL_ENCODER = {
@@ -75,6 +85,13 @@ class Sizes:
         height, width = self.height * 50 // 256, self.width * 50 // 256
         num_labels, batch = 3 + self.num_labels // 16, min(self.batch, 2)
         return replace(self, num_labels=num_labels, height=height, width=width, batch=batch, dtype=dtype, small=True)
+
+
+CONFIGURATIONS = {
+    "CelebAMask-HQ": Sizes("CelebAMask-HQ", 19),
+    "ADE20K": Sizes("ADE20K", 151),
+    "iDesigner": Sizes("iDesigner", 3, 256, 170),
+}
 
 
 def no_compiler(network: nn.Module) -> Callable[..., Tensor]:
@@ -215,6 +232,19 @@ class Problem:
             name, lambda: (run(self.image, self.one_hot),), self._weights.values(), expected, backward, autocast
         )
 
+    def swapped(self, name: str, *, backward: bool) -> Contender:
+        """The published networks with our kernels swapped in, and with a mask that is new to them in every call."""
+        model = copy.deepcopy(self.published).train(backward)
+        report = sca_kernels.swap_in(model)
+        assert report.rows and not report.left_alone, str(report)
+        own = dict(model.named_parameters())
+
+        def reconstruct() -> tuple[Tensor, ...]:
+            return (model(self.image, self.one_hot.detach()),)
+
+        weights = [own[key] for key in self._weights]
+        return self._contender(name, reconstruct, weights, self._expected(backward), backward)
+
     def ours(
         self,
         name: str,
@@ -314,3 +344,11 @@ class Problem:
         if not backward:
             return results
         return torch.autograd.grad(results, network.weights(), [self._start(result) for result in results])
+
+
+def make_problems(run: Run, sizes: Sizes) -> tuple[Problem, Problem | None]:
+    """With a photograph's label map, and with one in which all labels occur."""
+    sizes = run.choose(sizes.reduced(), sizes)
+    if sizes.name == "iDesigner":
+        return Problem(sizes, label_maps.photograph), None
+    return Problem(sizes, label_maps.parts), Problem(sizes, label_maps.regions)

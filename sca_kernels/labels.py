@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from .autocast import without_autocast
 from .tracing import is_recording, is_tracing
 
 _MAX_PIXELS = 2**31 - 1  # a plan names pixels with 32 bit integers
@@ -162,6 +163,10 @@ class LabelMap:
         if mask.dim() == 3:
             mask = mask.unsqueeze(0)
         _check_num_labels(mask.shape[1])
+        if _wants_validation(validate, mask) and mask.numel():
+            labels = labels_of_one_hot(mask)
+            if is_one_hot(mask, labels):
+                return cls(labels, mask.shape[1])
         belongs = (mask != 0).to(torch.uint8)
         if _wants_validation(validate, mask) and mask.numel():
             most = int(belongs.sum(1, dtype=torch.int32).max())
@@ -487,6 +492,27 @@ class LatentSelection:
     def labels(self, device: torch.device) -> Tensor:
         """The label of each row, int64 (B, m'); s for padding."""
         return _labels_of_rows(self.cu_latents, self.count).to(device)
+
+
+def labels_of_one_hot(mask: Tensor) -> Tensor:
+    """The labels of a mask of zeros and ones (B, s, H, W), several times faster than by looking for the largest.
+
+    Returns:
+        int32 labels (B, H, W), -1 where all planes are zero and anything below s where the mask is not one-hot, which
+        :func:`is_one_hot` tells.
+    """
+    exact = mask if mask.dtype in (torch.float32, torch.float64) else mask.float()
+    with without_autocast(mask.device):
+        numbers = torch.arange(mask.shape[1], dtype=exact.dtype, device=mask.device)
+        label = torch.matmul(numbers, exact.flatten(2)).nan_to_num(0.0).clamp(0, mask.shape[1] - 1).long()
+    label = label.view(mask.shape[0], 1, *mask.shape[2:])
+    is_one = mask.gather(1, label) == 1
+    return torch.where(is_one, label, -1).squeeze(1).to(torch.int32)
+
+
+def is_one_hot(mask: Tensor, labels: Tensor) -> bool:
+    """Whether a mask has ones where :func:`labels_of_one_hot` found them, and zeros everywhere else."""
+    return bool(mask.count_nonzero() == (labels >= 0).sum())
 
 
 def _labels_of_rows(cu_latents: Tensor, count: int) -> Tensor:
