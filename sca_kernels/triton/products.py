@@ -1,0 +1,38 @@
+"""Matrix products on the matrix units, as the kernels want them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """How products of float32 are computed: in TF32 if PyTorch's own may be, otherwise as exactly as float32.
+
+    Products of 16 bit numbers are exact, so it makes no difference to them. On NVIDIA's matrix units three products in
+    TF32 are as exact as one in float32; AMD's have float32.
+    """
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b in float32, for a and b of one type as they come from memory."""
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def weighted_product(weights, b, total, PRECISION: tl.constexpr):
+    """total + weights @ b, for weights in float32 and b as it comes from memory.
+
+    Rounding the weights to 16 bits would show in results and spoil gradients, which are differences of such sums. So
+    they are split in two numbers of 16 bits.
+    """
+    if b.dtype == tl.float32:
+        return tl.dot(weights, b, total, input_precision=PRECISION)
+    high = weights.to(b.dtype)
+    low = (weights - high.to(tl.float32)).to(b.dtype)
+    return tl.dot(low, b, tl.dot(high, b, total))

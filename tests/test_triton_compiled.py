@@ -1,0 +1,41 @@
+"""Every kernel in Triton, in every configuration that is shipped, compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import pytest
+
+from bench.gpu import calls
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+from bench.gpu.compiling import TARGETS, compile_for, distinct
+from bench.gpu.launches import Launch, launches_of
+from sca_kernels import triton
+
+pytestmark = [
+    pytest.mark.compiles_gpu,
+    pytest.mark.skipif(triton.INTERPRETED, reason="with TRITON_INTERPRET=1 nothing is compiled"),
+]
+
+CALLS = {str(call): call for call in calls.all_calls()}
+
+
+@functools.cache
+def launches(call: str) -> list[Launch]:
+    found = launches_of(CALLS[call].run)
+    assert found, "the call launches no kernel"
+    return distinct(found)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("call", CALLS)
+def test_compiles_and_fits(call: str, target: str) -> None:
+    for launch in launches(call):
+        compiled = compile_for(launch, TARGETS[target])
+        assert compiled.spills == 0, compiled
+        assert compiled.shared_memory <= TARGETS[target].shared_memory, compiled
+        assert (compiled.tensor_cores > 0) == compiled.has_products, compiled
