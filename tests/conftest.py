@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import hypothesis
 import pytest
@@ -23,6 +22,12 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("sca")
+
+
+if triton.INTERPRETED and triton.why_not() is None:
+    from interpreter import repair
+
+    repair()
 
 
 @pytest.fixture(autouse=True)
@@ -76,48 +81,9 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     if reason is not None:
         pytest.skip(reason)
     if triton.INTERPRETED:
+        from interpreter import between_canaries
+
         monkeypatch.setattr(launch, "_run", between_canaries(launch._run))
-
-
-def between_canaries(run: Callable[..., None]) -> Callable[..., None]:
-    def guarded_run(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: Any) -> None:
-        guards = {id(value): Guarded(value) for value in arguments if isinstance(value, torch.Tensor)}
-        run(kernel, grid, tuple(guards[id(v)].inside if id(v) in guards else v for v in arguments), options)
-        for guard in guards.values():
-            guard.check_and_return(kernel.__name__)
-
-    return guarded_run
-
-
-class Guarded:
-    """A copy of a tensor in memory of its own, with canaries on both sides and in the gaps that its strides leave.
-
-    Attributes:
-        inside: the copy, with the strides of the original.
-    """
-
-    ROOM = 64  # elements on each side
-
-    def __init__(self, original: torch.Tensor) -> None:
-        strides = original.stride()
-        # Of an expanded tensor there is one element to be copied where it shows many.
-        self.original = original[tuple(slice(None if stride else 1) for stride in strides)]
-        span = sum((size - 1) * stride for size, stride in zip(self.original.shape, strides, strict=True)) + 1
-        self.memory = torch.empty(span + 2 * self.ROOM, dtype=original.dtype)
-        self.memory.view(torch.uint8).fill_(0xFF)  # a NaN, or -1
-        self.inside = self.memory.as_strided(original.shape, strides, self.ROOM)
-        self.copy = self.memory.as_strided(self.original.shape, strides, self.ROOM)
-        self.copy.copy_(self.original)
-        self.before = self.memory.clone()
-
-    def check_and_return(self, kernel: str) -> None:
-        after, before = (memory.view(torch.uint8).view(len(memory), -1) for memory in (self.memory, self.before))
-        if torch.equal(after, before):
-            return
-        changed = (after != before).any(1)
-        changed.as_strided(self.copy.shape, self.copy.stride(), self.ROOM).fill_(False)
-        assert not changed.any(), f"{kernel} wrote beside a tensor of shape {tuple(self.inside.shape)}"
-        self.original.copy_(self.copy)
 
 
 @pytest.fixture

@@ -32,7 +32,9 @@ def weighted_product(weights, b, total, PRECISION: tl.constexpr):
     they are split in two numbers of 16 bits.
     """
     if b.dtype == tl.float32:
-        return tl.dot(weights, b, total, input_precision=PRECISION)
-    high = weights.to(b.dtype)
-    low = (weights - high.to(tl.float32)).to(b.dtype)
-    return tl.dot(low, b, tl.dot(high, b, total))
+        total = tl.dot(weights, b, total, input_precision=PRECISION)
+    else:
+        high = weights.to(b.dtype)
+        low = (weights - high.to(tl.float32)).to(b.dtype)
+        total = tl.dot(low, b, tl.dot(high, b, total))
+    return total
