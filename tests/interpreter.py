@@ -16,7 +16,8 @@ def repair() -> None:
 
     ``range(number)`` fails with NumPy 2.4 and later, which converts no array of one element to a number any more
     (github.com/triton-lang/triton/issues/9171). Conversion to bfloat16 cuts numbers off instead of rounding them, and
-    a product of bfloat16 multiplies their bits as integers.
+    a product of bfloat16 multiplies their bits as integers. And each call of a device function patches the whole
+    language again, which takes most of the time: once in a launch is enough.
     """
     patch, convert, dot = (
         interpreter._patch_lang_tensor,
@@ -44,6 +45,21 @@ def repair() -> None:
             )
         return dot(self, a, b, total, input_precision, imprecise)
 
+    launch, patched = interpreter.GridExecutor.__call__, set()
+
+    def launch_anew(self: Any, *arguments: Any, **options: Any) -> None:
+        patched.clear()
+        launch(self, *arguments, **options)
+
+    def call_device_function(self: Any, *arguments: Any, **options: Any) -> Any:
+        module = id(self.fn.__globals__)
+        if module not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*arguments, **options)
+
+    interpreter.GridExecutor.__call__ = launch_anew
+    interpreter.InterpretedFunction.__call__ = call_device_function
     interpreter._patch_lang_tensor = patch_and_repair
     interpreter._convert_float = convert_and_round
     interpreter.InterpreterBuilder.create_dot = dot_of_numbers

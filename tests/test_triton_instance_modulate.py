@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from folded import ARRANGEMENTS, EXPANSIONS, assert_close, assert_same_bits, expanded
@@ -17,8 +15,7 @@ from instances import (
     make_problem,
     solve,
 )
-
-from sca_kernels.triton import launch
+from tiles import use_small_tiles
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("triton_kernels")]
 
@@ -28,15 +25,7 @@ memory = pytest.mark.parametrize("memory", MEMORY)
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles so small that a tiny map has several, in several chunks, with ends that are not full."""
-    sizes = {"BLOCK_CHANNELS": 4, "BLOCK_PIXELS": 16, "TILES": 2, "BLOCK_ROWS": 8}
-    lookup = launch._lookup
-
-    def shrink(*row: str) -> launch.Configuration:
-        found = lookup(*row)
-        return dataclasses.replace(found, blocks={name: sizes[name] for name in found.blocks})
-
-    monkeypatch.setattr(launch, "_lookup", shrink)
+    use_small_tiles(monkeypatch)
 
 
 @case

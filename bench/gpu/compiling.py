@@ -85,12 +85,15 @@ def compile_for(launch: Launch, target: Target) -> Compiled:
     from triton.compiler import ASTSource
 
     signature, constants, attributes = _specialize(launch)
+    if target.backend == "hip" and constants.get("PRECISION") != "bf16x3" and "PRECISION" in constants:
+        constants["PRECISION"] = "ieee"  # what is launched there; this machine chose for NVIDIA
     source = ASTSource(launch.kernel, signature, constants, attributes)
     gpu = GPUTarget(target.backend, target.architecture, target.warp_size)
     compiled = triton.compile(source, target=gpu, options=dict(launch.options))
     products = re.findall(r"tt\.dot.*", compiled.asm["ttir"])
-    # Products of float32 as exact as can be are for ordinary units on NVIDIA; float64 has no narrow products at all.
-    has_products = any("inputPrecision = tf32" in line or "bf16" in line or "f16" in line for line in products)
+    # AMD has matrix units for all types; on NVIDIA products of float32 in "ieee" and of float64 are for ordinary ones.
+    narrow = re.compile("inputPrecision = (tf32|bf16)|x(bf16|f16)>" if target.backend == "cuda" else "")
+    has_products = any(narrow.search(line) for line in products)
     assembly = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     resources = _nvidia_resources if target.backend == "cuda" else _amd_resources
     registers, spills = resources(compiled)

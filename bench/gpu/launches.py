@@ -63,8 +63,13 @@ def recording() -> Iterator[list[Launch]]:
         backends.BACKENDS["triton"] = backend
 
 
-def launches_of(call: Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]) -> list[Launch]:
-    """What a call launches, forward and then backward from all of its results that have gradients."""
+def launches_of(prepare: Callable[[], Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]]) -> list[Launch]:
+    """What a call launches, forward and then backward from all of its results that have gradients.
+
+    Args:
+        prepare: returns the call; what that launches is not counted.
+    """
+    call = prepare()
     with recording() as found:
         with sca_kernels.backend("triton"):
             results = call()

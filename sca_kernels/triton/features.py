@@ -28,7 +28,7 @@ def strides_of(*maps: Tensor | None) -> tuple[bool, list[tuple[int, int, int, in
 
 
 def memory_order(x: Tensor) -> str:
-    """The class of sizes that decides the shape of tiles: which neighbours of an element are its neighbours in memory."""
+    """The class of sizes that decides the shape of tiles: whether channels or pixels are neighbours in memory."""
     return "channels last" if x.stride(1) == 1 and x.shape[1] > 1 else "channels first"
 
 

@@ -1,8 +1,8 @@
 """Instance normalisation with modulation, noise and activation in Triton.
 
-Forward: the statistics, then one pass that reads and writes each element once. Backward: one pass for the sums over each
-channel, where any are wanted, and one that writes the gradients of x and of maps; both compute the result's argument of
-the activation again.
+Forward: the statistics, then one pass that reads and writes each element once. Backward: one pass for the sums over
+each channel, where any are wanted, and one that writes the gradients of x and of maps; both compute again what went
+into the activation.
 """
 
 from __future__ import annotations
@@ -115,9 +115,10 @@ def instance_modulate_backward(
             **kinds,
             **config.options,
         )
-    sums = dict(zip(rows, (row.view(x.shape[:2]) for row in merged), strict=True)) if merged is not None else {}
-    if stats_given and rows:
-        sums["MEAN"] = None if not wants[3] else -(sums["NORMALIZED"].double() * stats[1]).float()
+    # Copies, since results of an operator must not share memory.
+    sums = {name: merged[row].clone().view(x.shape[:2]) for name, row in rows.items()} if merged is not None else {}
+    if stats_given and wants[3]:
+        sums["MEAN"] = -(sums["NORMALIZED"] * stats[1]).float()
     tables = [sums.get(name) for name in ("GAMMA", "BETA", "MEAN", "CENTRED", "STRENGTH")]
     found = [maps[0], maps[1] if maps[1] is not None else tables[0], maps[2] if maps[2] is not None else tables[1]]
     return tuple(

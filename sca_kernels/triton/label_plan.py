@@ -35,29 +35,23 @@ def label_plan(
     name = label.gather(1, order.gather(1, by_tile))
     starts = torch.ones_like(name, dtype=torch.bool)
     starts[:, 1:] = (keys[:, 1:] != keys[:, :-1]) | (name[:, 1:] != name[:, :-1])
-    segment = starts.cumsum(1) - 1
-    numbers = torch.arange(tiles + 1, device=device).expand(batch, -1).contiguous()
-    ends = torch.searchsorted(keys, numbers)
-    # The number of segments before each tile; a last element stands for "before the end".
-    before = torch.nn.functional.pad(starts.cumsum(1), (1, 0)).gather(1, ends)
-    place = torch.where(starts, keys * room + segment - before.gather(1, keys), tiles * room)
-    name = torch.where(name == num_labels, -1, name)
-    segments = torch.zeros((batch, tiles * room + 1, 2), dtype=torch.int64, device=device)
-    entries = torch.stack((name, by_tile), -1)
-    segments.scatter_(1, place.unsqueeze(-1).expand_as(entries), entries)
-    # A segment ends where its tile's next one begins in the order of tiles, or with the tile.
-    position = torch.arange(pixels, device=device).expand(batch, -1)
-    first = torch.zeros((batch, tiles * room + 2), dtype=torch.int64, device=device)
-    first.scatter_(1, place, position)
+    begun = starts.cumsum(1)
+    # Where each tile begins and how many segments do before; then where its segments begin and where the last one ends.
+    tile_numbers = torch.arange(tiles + 1, device=device).expand(batch, -1).contiguous()
+    tile_begins = torch.searchsorted(keys, tile_numbers)
+    before = torch.nn.functional.pad(begun, (1, 0)).gather(1, tile_begins)
     counts = before.diff(dim=1)
     ordinal = torch.arange(room, device=device)
-    first = first[:, : tiles * room].view(batch, tiles, room)
-    last = torch.cat((first[:, :, 1:], first.new_zeros((batch, tiles, 1))), 2)
-    last = torch.where(ordinal == counts[:, :, None] - 1, ends[:, 1:, None], last)
-    found = segments[:, : tiles * room].view(batch, tiles, room, 2)
+    first = torch.searchsorted(begun, (before[:, :-1, None] + ordinal + 1).view(batch, tiles * room))
+    first = first.view(batch, tiles, room)
+    following = torch.nn.functional.pad(first[:, :, 1:], (0, 1))
+    end = torch.where(ordinal == counts[:, :, None] - 1, tile_begins[:, 1:, None], following)
+    some_pixel = first.clamp(max=pixels - 1).view(batch, tiles * room)  # of unused segments any will do
+    name = torch.where(name == num_labels, -1, name).gather(1, some_pixel).view(batch, tiles, room)
+    begin = by_tile.gather(1, some_pixel).view(batch, tiles, room)
     return (
         order.to(torch.int32),
         offsets,
         counts.to(torch.int32),
-        torch.cat((found, (last - first)[..., None]), 3).to(torch.int32),
+        torch.stack((name, begin, end - first), -1).to(torch.int32),
     )

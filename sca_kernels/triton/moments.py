@@ -1,4 +1,4 @@
-"""Means and deviations of channels, and sums over channels, in two ordered stages: partial results, then their merge."""
+"""Means and deviations of channels, and sums over them, in two ordered stages: partial results, then their merge."""
 
 from __future__ import annotations
 
