@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._dynamo.testing import EagerAndRecordGraphs
 
 import sca_kernels
-from sca_kernels import LatentLayout, backend, backends, cpu, semantic_cross_attention
+from sca_kernels import LatentLayout, backend, backends, cpu, semantic_cross_attention, triton
 
 ROOT = Path(__file__).resolve().parents[1]
 OPERATOR = "semantic_cross_attention"
@@ -58,6 +58,19 @@ def broken_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = dataclasses.replace(backends.BACKENDS["cpu"], why_not=lambda: "the moon is full")
     monkeypatch.setitem(backends.BACKENDS, "cpu", broken)
     monkeypatch.setattr(backends, "_defaults", {})
+
+
+@pytest.mark.skipif(triton.INTERPRETED or triton._reason is not None, reason="Triton itself decides")
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 5), "capability 8.0 or more, and this one has 7.5"), ((8, 0), None)]
+)
+def test_triton_needs_a_gpu_that_it_supports(
+    capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = triton.why_not()
+    assert found is None if reason is None else reason in str(found)
 
 
 @pytest.mark.skipif(bool(os.environ.get("SCA_BACKEND")), reason="SCA_BACKEND forces a backend on the whole process")
