@@ -15,9 +15,12 @@ from torch.utils.data import Dataset
 
 from sca_kernels.label_files import read_label_values
 
-from ..errors import InputError
+from ..errors import FileError, InputError
 from .configurations import DataConfiguration
 from .folders import list_split
+
+# Pillow raises SyntaxError for some kinds of broken files.
+_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
 
 
 class Sample(NamedTuple):
@@ -100,7 +103,7 @@ class LabelledImages(Dataset[Sample]):
         self.names = [name for name in listing.images if name not in set(skip)]
         for name in self.names:
             if name not in listing.labels:
-                raise InputError(f"{listing.images[name][0]}: no label map {split}/labels/{name}.png")
+                raise FileError(listing.images[name][0], f"no label map {split}/labels/{name}.png")
             self._files.append((listing.images[name][0], listing.labels[name][0]))
         if not self.names:
             skipped = " that may be used" if listing.images else ""
@@ -152,52 +155,45 @@ def read_image(path: Path) -> Image.Image:
     """An image in RGB, upright as its EXIF data say.
 
     Raises:
-        InputError: if the file cannot be read.
+        FileError: if it cannot be read.
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise FileError(path, f"has more than 8 bits a channel (mode {image.mode}); save it with 8")
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from error
-
-
-def read_values(path: Path) -> Tensor:
-    """The values of a label file, (H, W).
-
-    Raises:
-        InputError: if the file cannot be read, or holds colours.
-    """
-    try:
-        return read_label_values(path)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _unreadable(path, error) from error
-    except ValueError as error:
-        raise InputError(f"{path}: {error}; write the numbers of labels as a PNG of one channel") from error
 
 
 def read_labels(path: Path, configuration: DataConfiguration) -> Tensor:
     """The labels of a label file, merged: (H, W) int32, -1 where a pixel has none.
 
     Raises:
-        InputError: if the file cannot be read or holds values that are no labels.
+        FileError: if it cannot be read or holds values that are no labels.
     """
-    values = read_values(path).long()
-    ignored = torch.zeros_like(values, dtype=torch.bool)
+    try:
+        values = read_label_values(path).long()
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+    except ValueError as error:
+        raise FileError(path, f"{error}; write the numbers of labels as a PNG of one channel") from error
+    is_ignored = torch.zeros_like(values, dtype=torch.bool)
     if configuration.ignore_index is not None:
-        ignored = values == configuration.ignore_index
-    wrong = (values < 0) | (values >= configuration.num_values)
-    wrong &= ~ignored
-    if wrong.any():
-        found = values[wrong].unique().tolist()
+        is_ignored = values == configuration.ignore_index
+    is_wrong = ((values < 0) | (values >= configuration.num_values)) & ~is_ignored
+    if is_wrong.any():
+        found = values[is_wrong].unique().tolist()
         shown = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
-        also = "" if configuration.ignore_index is None else f" or {configuration.ignore_index} (no label)"
-        raise InputError(
-            f"{path}: {int(wrong.sum())} pixels with values {shown}, expected 0 to {configuration.num_values - 1}{also}"
+        ignored = "" if configuration.ignore_index is None else f" or {configuration.ignore_index} (no label)"
+        raise FileError(
+            path,
+            f"{int(is_wrong.sum())} pixels with values {shown}, expected 0 to {configuration.num_values - 1}{ignored}",
         )
-    values = values.masked_fill(ignored, 0)
+    values = values.masked_fill(is_ignored, 0)
     if configuration.merging is not None:
         values = torch.tensor(configuration.merging)[values]
-    return values.masked_fill(ignored, -1).int()
+    return values.masked_fill(is_ignored, -1).int()
 
 
 def _nearest(begin: float, end: float, source: int, target: int) -> Tensor:
@@ -206,8 +202,8 @@ def _nearest(begin: float, end: float, source: int, target: int) -> Tensor:
     return (centres * source).long().clamp(0, source - 1)
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
-    # What Pillow says may hold the path again, or where it lies in memory.
+def _unreadable(path: Path, error: Exception) -> FileError:
     if not path.exists():
-        return InputError(f"{path}: no such file")
-    return InputError(f"{path}: not a readable image ({type(error).__name__}); replace or remove it")
+        return FileError(path, "no such file")
+    # The kind only: what Pillow says may hold the path again, or where it lies in memory.
+    return FileError(path, f"not a readable image ({type(error).__name__}); replace or remove it")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import FileError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LABEL_SUFFIXES = (".png",)
@@ -35,14 +35,14 @@ def list_split(folder: str | PathLike[str], split: str) -> Listing:
         split: "train" or "test", or the name of another folder.
 
     Raises:
-        InputError: if ``split/images`` or ``split/labels`` is not there.
+        FileError: if ``split/images`` or ``split/labels`` is not there.
     """
     others: list[Path] = []
-    found = []
+    found: list[dict[str, list[Path]]] = []
     for kind, suffixes in (("images", IMAGE_SUFFIXES), ("labels", LABEL_SUFFIXES)):
         place = Path(folder) / split / kind
         if not place.is_dir():
-            raise InputError(f"{place}: no such folder; a data set has {split}/images and {split}/labels")
+            raise FileError(place, f"no such folder; a data set has {split}/images and {split}/labels")
         by_name: dict[str, list[Path]] = {}
         for path in sorted(place.iterdir()):
             if path.name.startswith("."):
@@ -52,4 +52,5 @@ def list_split(folder: str | PathLike[str], split: str) -> Listing:
             else:
                 others.append(path)
         found.append(by_name)
-    return Listing(*found, others)
+    images, labels = found
+    return Listing(images, labels, others)
