@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InputError
 from .check import check
+from .train import train
 
 app = typer.Typer(
     name="scam",
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("check")(check)
+app.command("train")(train)
 
 
 @app.callback()
