@@ -9,7 +9,10 @@ import typer
 
 from ..errors import InputError
 from .check import check
+from .export import export
+from .reconstruct import reconstruct
 from .train import train
+from .transfer import transfer
 
 app = typer.Typer(
     name="scam",
@@ -20,6 +23,9 @@ app = typer.Typer(
 )
 app.command("check")(check)
 app.command("train")(train)
+app.command("reconstruct")(reconstruct)
+app.command("transfer")(transfer)
+app.command("export")(export)
 
 
 @app.callback()
