@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from ..errors import InputError
+from .ablate import ablate
 from .check import check
 from .export import export
 from .reconstruct import reconstruct
@@ -26,6 +27,7 @@ app.command("train")(train)
 app.command("reconstruct")(reconstruct)
 app.command("transfer")(transfer)
 app.command("export")(export)
+app.command("ablate")(ablate)
 
 
 @app.callback()
