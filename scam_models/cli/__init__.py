@@ -9,6 +9,7 @@ import typer
 
 from ..errors import InputError
 from .check import check
+from .make_data import make_data
 
 app = typer.Typer(
     name="scam",
@@ -18,11 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("check")(check)
-
-
-@app.callback()
-def scam() -> None:
-    """Makes a single command a command all the same."""
+app.command("make-data")(make_data)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
