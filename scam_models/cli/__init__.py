@@ -11,6 +11,7 @@ from ..errors import InputError
 from .ablate import ablate
 from .check import check
 from .export import export
+from .make_data import make_data
 from .reconstruct import reconstruct
 from .train import train
 from .transfer import transfer
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("check")(check)
+app.command("make-data")(make_data)
 app.command("train")(train)
 app.command("reconstruct")(reconstruct)
 app.command("transfer")(transfer)
