@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from image_folders import write_data, write_image
 from PIL import Image
 
-from scam_models.cli import main
 from scam_models.data import PRESETS, check, open_checked
 from scam_models.errors import InputError
 
@@ -161,20 +161,13 @@ def test_training_refuses_or_skips(tmp_path: Path) -> None:
         open_checked(tmp_path, "train", TINY, skip_problems=True, report=told.append)
 
 
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as raised:
-        main(arguments)
-    assert isinstance(raised.value.code, int)
-    return raised.value.code
-
-
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_data(tmp_path / "some [bold]data")
-    assert run("check", str(folder)) == 0
+    assert run_command("check", str(folder)) == 0
     assert "no problems in train and test" in capsys.readouterr().out
     truncate(folder / IMAGES / "1.png")
     zeros(folder / LABELS / "2.png", value=6)
-    assert run("check", str(folder)) == 1
+    assert run_command("check", str(folder)) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["file", "problem"]
     assert re.fullmatch(
@@ -182,10 +175,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert re.fullmatch(r".*labels/2\.png +4096 pixels with values 6, .*", lines[2].rstrip())
     assert lines[3].endswith("data, read as tiny: 6 labels")
-    assert run("check", str(folder), "--split", "test") == 0
+    assert run_command("check", str(folder), "--split", "test") == 0
     (folder / IMAGES / "1.png").unlink()
     (folder / LABELS / "1.png").unlink()
-    assert run("check", str(folder), "--labels", "7") == 0
+    assert run_command("check", str(folder), "--labels", "7") == 0
 
 
 @pytest.mark.parametrize(
@@ -207,6 +200,6 @@ def test_command_with_bad_arguments(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(*arguments) == code
+    assert run_command(*arguments) == code
     captured = capsys.readouterr()
     assert re.fullmatch(message, captured.err) and not captured.out

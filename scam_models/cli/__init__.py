@@ -11,6 +11,7 @@ from ..errors import InputError
 from .ablate import ablate
 from .check import check
 from .export import export
+from .make_data import make_data
 from .reconstruct import reconstruct
 from .train import train
 from .transfer import transfer
@@ -33,6 +34,9 @@ app.command("ablate")(ablate)
 @app.callback()
 def scam() -> None:
     """Makes a single command a command all the same."""
+
+
+app.command("make-data")(make_data)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

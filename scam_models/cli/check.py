@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +13,7 @@ from ..data import Problem
 from ..data import check as check_data
 from ..data.folders import SPLITS
 from .options import DataFolder, NumLabels, Preset, data_configuration
-from .output import output_console
+from .output import output_console, track
 
 
 def check(
@@ -28,12 +26,9 @@ def check(
 ) -> None:
     """Read every image and label map of DATA and list those that cannot be used. Exit code 1 if there are any."""
     configuration = data_configuration(preset, labels)
-    progress_to = Console(stderr=True)
 
     def progress(names: Iterable[str], count: int) -> Iterable[str]:
-        return track(
-            names, "reading", total=count, console=progress_to, transient=True, disable=not progress_to.is_terminal
-        )
+        return track(names, count, "reading")
 
     splits = tuple(split or SPLITS)
     problems = check_data(data, configuration, splits=splits, progress=progress)
