@@ -8,8 +8,13 @@ from collections.abc import Sequence
 import typer
 
 from ..errors import InputError
+from .ablate import ablate
 from .check import check
+from .export import export
 from .make_data import make_data
+from .reconstruct import reconstruct
+from .train import train
+from .transfer import transfer
 
 app = typer.Typer(
     name="scam",
@@ -19,6 +24,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("check")(check)
+app.command("train")(train)
+app.command("reconstruct")(reconstruct)
+app.command("transfer")(transfer)
+app.command("export")(export)
+app.command("ablate")(ablate)
+
+
+@app.callback()
+def scam() -> None:
+    """Makes a single command a command all the same."""
+
+
 app.command("make-data")(make_data)
 
 
