@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("lightning")
 
 import torch
+from commands import run_command
 from training_runs import NUM_LABELS, small_configuration, write_data
 
 from sca_kernels import LabelMap
 from scam_models import InputError, LossWeights, Scam
-from scam_models.cli import main
 from scam_models.data import LabelledImages
 from scam_models.encoder import EncoderBlock
 from scam_models.training import ABLATIONS, TrainingConfiguration, training_preset, without
@@ -138,13 +138,9 @@ def test_table(data: Path, tmp_path: Path) -> None:
 def test_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--labels", "3", "--size", "32", "--steps", "1", "--batch-size", "2", "--accelerator", "cpu"]
     arguments = ["ablate", str(data), "--out", str(tmp_path / "out"), *small, "--workers", "0"]
-    with pytest.raises(SystemExit) as raised:
-        main([*arguments, "--only", "4 latents"])
-    assert not raised.value.code
+    assert run_command(*arguments, "--only", "4 latents") == 0
     output = capsys.readouterr().out
     assert "perceptual loss: OFF in all" in output
     assert "| 4 latents |" in output and "| whole |" in output and "without" not in output
-    with pytest.raises(SystemExit) as raised:
-        main([*arguments, "--only", "5 latents"])
-    assert raised.value.code == 1
+    assert run_command(*arguments, "--only", "5 latents") == 1
     assert "--only '5 latents': expected one of whole, without encoder-convolutions" in capsys.readouterr().err

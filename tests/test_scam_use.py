@@ -12,6 +12,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("safetensors")
 
 import torch
+from commands import run_command
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,7 +21,6 @@ from training_runs import DATA, NUM_LABELS, read, small_configuration, write_dat
 
 from sca_kernels import LabelMap
 from scam_models import InputError, Scam, take_latents, tiny
-from scam_models.cli import main
 from scam_models.data import LabelledImages
 from scam_models.training import train
 
@@ -70,21 +70,15 @@ def test_checkpoint_holds_both_weights(checkpoint: Path, averaged: bool) -> None
 def test_export_and_back(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     model = Scam.from_checkpoint(checkpoint)
     model.export(tmp_path / "own.safetensors")
-    main_exits(["export", str(checkpoint), str(tmp_path / "command.safetensors")])
+    assert run_command("export", str(checkpoint), str(tmp_path / "command.safetensors")) == 0
     for name in ("own", "command"):
         again = Scam.from_checkpoint(tmp_path / f"{name}.safetensors", model.configuration)
         assert torch.equal(again(*sample(data, 0)), model(*sample(data, 0)))
     with safe_open(tmp_path / "command.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["scam"])["data"]["label_names"][2] == "hair"
-    main_exits(["export", str(checkpoint), str(tmp_path / "last.safetensors"), "--last"])
+    assert run_command("export", str(checkpoint), str(tmp_path / "last.safetensors"), "--last") == 0
     last = Scam.from_checkpoint(tmp_path / "last.safetensors")
     assert torch.equal(last(*sample(data, 0)), Scam.from_checkpoint(checkpoint, averaged=False)(*sample(data, 0)))
-
-
-def main_exits(arguments: list[str], code: int = 0) -> None:
-    with pytest.raises(SystemExit) as raised:
-        main(arguments)
-    assert (raised.value.code or 0) == code
 
 
 def test_transfer_takes_the_latents_of_labels(checkpoint: Path, data: Path) -> None:
@@ -114,7 +108,7 @@ def test_images_are_encoded_once(checkpoint: Path, data: Path, monkeypatch: pyte
 
 def test_reconstruct_command(checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(image_path(data, index)) for index in (1, 2)]
-    main_exits(["reconstruct", str(checkpoint), *paths, "--out", str(tmp_path)])
+    assert run_command("reconstruct", str(checkpoint), *paths, "--out", str(tmp_path)) == 0
     model = Scam.from_checkpoint(checkpoint)
     lines = capsys.readouterr().out.splitlines()
     for index, line in zip((1, 2), lines, strict=True):
@@ -129,7 +123,7 @@ def test_transfer_command(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "mixed.png"
     subject, background, hair = (str(image_path(data, index)) for index in range(3))
     options = ["--subject", subject, "--background", background, "--take", f"hair={hair}", "--out", str(out)]
-    main_exits(["transfer", str(checkpoint), *options])
+    assert run_command("transfer", str(checkpoint), *options) == 0
     model = Scam.from_checkpoint(checkpoint)
     expected = model.transfer(*sample(data, 0), {0: sample(data, 1), 2: sample(data, 2)})
     assert (pixels(out) - expected[0]).abs().max() <= 1 / 255 + 1e-6
@@ -187,6 +181,6 @@ def test_errors_of_commands(checkpoint: Path, data: Path, tmp_path: Path, capsys
         (["export", str(checkpoint), str(tmp_path / "weights.pt")], "expected a name that ends with .safetensors"),
     ]
     for arguments, message in cases:
-        main_exits(arguments, code=1)
+        assert run_command(*arguments) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1, error

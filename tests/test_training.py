@@ -190,6 +190,12 @@ def test_interrupted_training_ends_with_the_same_bits(data: Path, tmp_path: Path
     assert losses[0] == losses[1] and list(losses[0]) == list(range(1, 8))
 
 
+def test_result_does_not_depend_on_the_workers(data: Path, tmp_path: Path) -> None:
+    configuration = small_configuration(steps=3, validate_every=2)
+    one = run(data, tmp_path / "one", configuration)
+    assert_same_bits(one, run(data, tmp_path / "two", configuration, workers=2))
+
+
 def test_best_checkpoint_and_what_is_shown(data: Path, tmp_path: Path) -> None:
     run(data, tmp_path, small_configuration(steps=12, validate_every=3, generator_rate=3e-3))
     psnr = scalars(tmp_path, "validation/psnr")
@@ -276,6 +282,21 @@ def test_other_runs_are_refused(data: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     run(data, tmp_path / "out", configuration, resume=True, report=lines.append)
     assert "has its 1 steps already" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"devices": 0}, "devices: expected a positive number, got 0"),
+        ({"devices": 3}, "batch_size: expected a multiple of the 3 processes, got 2"),
+        ({"devices": 2}, "validation_share: expected at least 2 images for as many processes, got 1"),
+        ({"accelerator": "tpu"}, "accelerator: expected cpu, gpu or auto, got tpu"),
+        ({"accelerator": "gpu", "devices": 99}, "devices: 99 GPUs were asked for"),
+    ],
+)
+def test_devices_that_cannot_be_used(data: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(data, tmp_path, small_configuration(validation_share=0.1), **options)
 
 
 def test_numbers_that_are_not_finite_stop_the_training(data: Path, tmp_path: Path) -> None:

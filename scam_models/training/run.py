@@ -144,7 +144,7 @@ def train(
     if begin >= configuration.steps:
         report(f"{last}: has its {begin} steps already; --steps with a larger number goes on")
         return last
-    count = _process_count(devices, accelerator)
+    accelerator, count = _devices(devices, accelerator)
     if configuration.batch_size % count:
         raise InputError(f"batch_size: expected a multiple of the {count} processes, got {configuration.batch_size}")
     source = TrainingData(images, module, workers)
@@ -198,12 +198,22 @@ def _check_same_run(last: Path, configuration: TrainingConfiguration, digest: st
         raise InputError(f"{last}: was made from other images; give the folder that it was started with, as it was")
 
 
-def _process_count(devices: int | Literal["auto"], accelerator: str) -> int:
+def _devices(devices: int | Literal["auto"], accelerator: str) -> tuple[str, int]:
+    """What trains, "gpu" or "cpu", and in how many processes."""
+    gpus = torch.cuda.device_count()
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise InputError(f"accelerator: expected cpu, gpu or auto, got {accelerator}")
+    if accelerator == "auto":
+        accelerator = "gpu" if gpus else "cpu"
     if devices == "auto":
-        return max(torch.cuda.device_count(), 1) if accelerator in ("auto", "gpu") else 1
+        devices = max(gpus, 1) if accelerator == "gpu" else 1
     if devices < 1:
         raise InputError(f"devices: expected a positive number, got {devices}")
-    return devices
+    if accelerator == "gpu" and devices > gpus:
+        raise InputError(
+            f"devices: {devices} GPUs were asked for and there are {gpus}; use fewer, or --accelerator cpu"
+        )
+    return accelerator, devices
 
 
 def _say_nothing(line: str) -> None:
