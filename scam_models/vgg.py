@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from .weights import load_weights
 
 # Channels of the convolutions between one pooling and the next.
 _STAGES = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
@@ -54,24 +52,8 @@ class Vgg19(nn.Module):
             FileNotFoundError: if there is no such file.
             InputError: if it holds something else.
         """
-        wanted = f"{path}: expected a state dict of torchvision's vgg19"
-        try:
-            state_dict = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise InputError(f"{wanted}, and cannot read it ({str(error).splitlines()[0]})") from error
-        if not isinstance(state_dict, dict):
-            raise InputError(f"{wanted}, got a {type(state_dict).__name__}")
         network = cls()
-        own = network.state_dict()
-        missing = [name for name in own if name not in state_dict]
-        if missing:
-            raise InputError(f"{wanted}, but {missing[0]} is missing")
-        different = [name for name, tensor in own.items() if state_dict[name].shape != tensor.shape]
-        if different:
-            name = different[0]
-            expected, given = tuple(own[name].shape), tuple(state_dict[name].shape)
-            raise InputError(f"{wanted}, but {name} has shape {given} instead of {expected}")
-        network.load_state_dict({name: state_dict[name] for name in own})
+        load_weights(network, path, "torchvision's vgg19")
         return network
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -10,6 +10,7 @@ import typer
 from ..errors import InputError
 from .ablate import ablate
 from .check import check
+from .evaluate import evaluate
 from .export import export
 from .make_data import make_data
 from .reconstruct import reconstruct
@@ -23,18 +24,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("check")(check)
 app.command("make-data")(make_data)
+app.command("check")(check)
 app.command("train")(train)
 app.command("reconstruct")(reconstruct)
 app.command("transfer")(transfer)
+app.command("evaluate")(evaluate)
 app.command("export")(export)
 app.command("ablate")(ablate)
-
-
-@app.callback()
-def scam() -> None:
-    """Makes a single command a command all the same."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -110,8 +110,9 @@ class Texture:
     def colours(self, u: Tensor, v: Tensor) -> Tensor:
         """The colours at the places (u, v), in heights of the image: (H, W) twice to (H, W, 3)."""
         cosine, sine = math.cos(self.angle) / self.period, math.sin(self.angle) / self.period
+        first, second = torch.tensor([self.first, self.second], dtype=torch.float32)
         weight = _PATTERNS[self.pattern](cosine * u + sine * v, cosine * v - sine * u, self._table)
-        return torch.lerp(torch.tensor(self.first), torch.tensor(self.second), weight.unsqueeze(-1))
+        return first + (second - first) * weight.unsqueeze(-1)
 
     @cached_property
     def _table(self) -> Tensor:
