@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from .autocast import without_autocast
+from .label_files import read_label_values
 from .tracing import is_recording, is_tracing
 
 _MAX_PIXELS = 2**31 - 1  # a plan names pixels with 32 bit integers
@@ -194,31 +195,19 @@ class LabelMap:
             ImportError: if Pillow is not installed.
             ValueError: if a file has colours instead of labels, sizes differ, or a value is out of range.
         """
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise ImportError("LabelMap.from_png needs Pillow: pip install pillow") from error
         paths = [path] if isinstance(path, str | PathLike) else list(path)
         if not paths:
             raise ValueError("path: expected at least one file, got none")
         maps = []
         for name in paths:
-            with Image.open(name) as image:
-                if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-                    raise ValueError(
-                        f"path: expected an image of label values (grey or palette), got mode {image.mode} in {name}"
-                    )
-                width, height = image.size
-                # Pillow stretches grey values of 2 and 4 bits to the range of 8.
-                stretch = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
-                if image.mode in ("L", "P"):
-                    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) // stretch
-                else:
-                    values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
-                    if image.mode == "1":
-                        values = values.clamp(max=1)
             try:
-                maps.append(cls.from_labels(values.view(height, width), num_labels, ignore_index=ignore_index))
+                values = read_label_values(name)
+            except ImportError as error:
+                raise ImportError("LabelMap.from_png needs Pillow: pip install pillow") from error
+            except ValueError as error:
+                raise ValueError(f"path: {error} in {name}") from error
+            try:
+                maps.append(cls.from_labels(values, num_labels, ignore_index=ignore_index))
             except ValueError as error:
                 raise ValueError(f"{error} in {name}") from error
         return _collate(maps)

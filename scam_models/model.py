@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 
 from sca_kernels import LabelMap
 
+from .checkpoints import SavedModel, read_model, write_weights
 from .configurations import ScamConfiguration
 from .encoder import Encoder
+from .errors import InputError
 from .generator import Generator, GeneratorBlock
 from .latents import Latents, take_latents
+from .serialisation import first_difference, from_values, to_values
 
 
 class StrongestLatents(NamedTuple):
@@ -62,6 +66,51 @@ class Scam(nn.Module):
     def from_configuration(cls, configuration: ScamConfiguration) -> Scam:
         """A model with new weights."""
         return cls(Encoder(configuration.encoder), Generator(configuration.generator))
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, configuration: ScamConfiguration | None = None, *, averaged: bool = True
+    ) -> Scam:
+        """A trained model, in evaluation mode on the CPU.
+
+        Args:
+            path: a checkpoint of ``scam train``, or a file of :meth:`export`.
+            configuration: what it must be made of. Default: what the file says.
+            averaged: whether to take the averaged weights of a checkpoint, or those of its last step.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            InputError: if it is something else, or of another configuration.
+
+        Example:
+            >>> import tempfile
+            >>> from scam_models import tiny
+            >>> path = Path(tempfile.mkdtemp()) / "weights.safetensors"
+            >>> Scam.from_configuration(tiny()).export(path)
+            >>> Scam.from_checkpoint(path).configuration == tiny()
+            True
+        """
+        saved = read_model(path, averaged=averaged)
+        if configuration is not None:
+            difference = first_difference(saved.configuration["model"], to_values(configuration))
+            if difference is not None:
+                raise InputError(
+                    f"{path}: {difference}, what was asked for; leave configuration out to take the file's own"
+                )
+        model = cls.from_configuration(from_values(ScamConfiguration, saved.configuration["model"], str(path)))
+        model.load_state_dict(dict(saved.weights))
+        return model.eval()
+
+    def export(self, path: str | Path) -> None:
+        """Writes the weights as safetensors, with the configuration as metadata.
+
+        Args:
+            path: a file that ends with ".safetensors".
+
+        Raises:
+            InputError: if the name ends otherwise, or the file cannot be written.
+        """
+        write_weights(path, SavedModel({"model": to_values(self.configuration)}, self.state_dict()))
 
     def forward(self, image: Tensor, labels: LabelMap) -> Tensor:
         """The same as :meth:`reconstruct`."""
@@ -122,14 +171,38 @@ class Scam(nn.Module):
             >>> model.transfer_subject(one, labels, other, labels).shape
             torch.Size([2, 3, 64, 64])
         """
-        taken = self.encode(background_image, background_labels)
         backgrounds = (background,) if isinstance(background, int) else background
-        latents = take_latents(
-            self.encoder.configuration.layout,
-            self.encode(subject_image, subject_labels),
-            {label: taken for label in backgrounds},
-        )
-        return self.generate(subject_labels, latents)
+        source = (background_image, background_labels)
+        return self.transfer(subject_image, subject_labels, {label: source for label in backgrounds})
+
+    def transfer(self, image: Tensor, labels: LabelMap, sources: Mapping[int, tuple[Tensor, LabelMap]]) -> Tensor:
+        """Images that show some of their labels as other images show them.
+
+        The latents of each label in ``sources`` come from the image there, all others from ``image``; the label map is
+        ``labels``.
+
+        Args:
+            image: (B, image_channels, height, width), from -1 to 1, of the generator's size.
+            labels: of the same size.
+            sources: for each label that is taken from elsewhere B images of any size, and their label maps.
+
+        Returns:
+            like ``image``.
+
+        Example:
+            >>> from scam_models import tiny
+            >>> model = Scam.from_configuration(tiny())
+            >>> labels = LabelMap.from_labels(torch.randint(0, 3, (2, 64, 64)), num_labels=3)
+            >>> one, other = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+            >>> model.transfer(one, labels, {2: (other, labels)}).shape
+            torch.Size([2, 3, 64, 64])
+        """
+        # An image that several labels come from is encoded once.
+        distinct = {id(source): source for source in sources.values()}
+        encoded = {key: self.encode(*source) for key, source in distinct.items()}
+        others = {label: encoded[id(source)] for label, source in sources.items()}
+        latents = take_latents(self.encoder.configuration.layout, self.encode(image, labels), others)
+        return self.generate(labels, latents)
 
     @torch.no_grad()
     def strongest_latents(self, labels: LabelMap, latents: Latents) -> StrongestLatents:
