@@ -21,6 +21,7 @@ class Vgg19(nn.Module):
     Source: Simonyan and Zisserman, Very deep convolutional networks for large-scale image recognition, 2015.
 
     Example:
+        >>> import torch
         >>> [tuple(features.shape[1:]) for features in Vgg19()(torch.rand(1, 3, 32, 32))]
         [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2)]
     """

@@ -19,8 +19,9 @@ from sca_kernels import LabelMap
 from scam_models import InputError, LossWeights, Scam
 from scam_models.data import LabelledImages
 from scam_models.encoder import EncoderBlock
+from scam_models.evaluation import evaluate
 from scam_models.training import ABLATIONS, TrainingConfiguration, training_preset, without
-from scam_models.training.ablation_table import ablate, mean_psnr, variants
+from scam_models.training.ablation_table import ablate, variants
 from scam_models.training.configuration import with_latents
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -124,15 +125,17 @@ def test_table(data: Path, tmp_path: Path) -> None:
     images = LabelledImages(data, "test", small_configuration().data)
     for result in results:
         model = Scam.from_checkpoint(out / f"{result.variant.replace(' ', '-')}-seed-{result.seed}" / "last.ckpt")
-        assert result.psnr == mean_psnr(model, images)
+        found = evaluate(model, images)
+        assert (result.psnr, result.s_fid, result.features) == (found.psnr, found.s_fid, found.fid_features)
         assert result.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert len({result.psnr for result in results}) == 4
     saved = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [line["psnr"] for line in saved] == [result.psnr for result in results]
     rows = (out / "table.md").read_text().splitlines()
     whole, other = ((results[at].psnr + results[at + 1].psnr) / 2 for at in (0, 2))
+    assert results[0].features in rows[0] and "random" in rows[0]
     assert f"| {whole:.2f} ± " in rows[2] and rows[2].startswith("| whole |")
-    assert rows[3].startswith("| without l1 |") and rows[3].endswith(f"| {other - whole:+.2f} |")
+    assert rows[3].startswith("| without l1 |") and f"| {other - whole:+.2f} |" in rows[3]
 
 
 def test_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -289,14 +289,13 @@ def test_other_runs_are_refused(data: Path, tmp_path: Path) -> None:
     [
         ({"devices": 0}, "devices: expected a positive number, got 0"),
         ({"devices": 3}, "batch_size: expected a multiple of the 3 processes, got 2"),
-        ({"devices": 2}, "validation_share: expected at least 2 images for as many processes, got 1"),
         ({"accelerator": "tpu"}, "accelerator: expected cpu, gpu or auto, got tpu"),
         ({"accelerator": "gpu", "devices": 99}, "devices: 99 GPUs were asked for"),
     ],
 )
 def test_devices_that_cannot_be_used(data: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        run(data, tmp_path, small_configuration(validation_share=0.1), **options)
+        run(data, tmp_path, small_configuration(), **options)
 
 
 def test_numbers_that_are_not_finite_stop_the_training(data: Path, tmp_path: Path) -> None:

@@ -88,8 +88,11 @@ def losses_of(out: Path) -> dict[str, list[float]]:
     return {name: [event.value for event in events.Scalars(name)] for name in names}
 
 
-def test_two_processes_have_the_losses_of_one_with_the_doubled_batch(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.1, 0.35])
+def test_two_processes_have_the_losses_of_one_with_the_doubled_batch(data: Path, tmp_path: Path, share: float) -> None:
+    """One image is kept for validation, for two processes, or three are."""
     options = ("--steps", 4, "--batch-size", 4, "--validate-every", 2, "--report-every", 1, "--no", "noise")
+    options += ("--validation-share", share)
     one = train(data, tmp_path / "one", *options, "--devices", 1)
     two = train(data, tmp_path / "two", *options, "--devices", 2)
     assert one.returncode == 0, one.stderr
@@ -97,7 +100,8 @@ def test_two_processes_have_the_losses_of_one_with_the_doubled_batch(data: Path,
     alone, together = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
     assert alone.keys() == together.keys() and len(alone["losses/l1"]) == 4
     for name, values in alone.items():
-        assert together[name] == pytest.approx(values, rel=2e-3), name
+        # AdamW turns the rounding of small gradients into steps of full size; scores lie between -1 and 1.
+        assert together[name] == pytest.approx(values, rel=2e-3, abs=2e-3), name
     assert two.stdout.count("perceptual loss: OFF") == 1
 
 

@@ -27,10 +27,14 @@ def ablate(
     vgg: Annotated[
         Path | None, typer.Option(help="torchvision's vgg19 weights, for the perceptual loss.", show_default=False)
     ] = None,
+    fid_weights: Annotated[
+        Path | None, typer.Option(help="Inception v3 of pytorch-fid, for S-FID.", show_default="random features")
+    ] = None,
     accelerator: Annotated[str, typer.Option(help="cpu, gpu or auto.")] = "auto",
     workers: Annotated[int, typer.Option(help="Processes that load images.")] = 4,
 ) -> None:
     """Train the whole, without each part, and with 4, 8, 16 and 32 latents; write a table. Goes on where it was."""
+    from ..evaluation import InceptionFeatures
     from ..training import ablation_table, training_preset, without
 
     configuration = training_preset(preset, data=data_configuration(preset, labels, size))
@@ -51,6 +55,7 @@ def ablate(
         chosen,
         out,
         seeds=range(seeds),
+        fid_features=InceptionFeatures(fid_weights) if fid_weights else None,
         report=typer.echo,
         vgg=vgg,
         devices=1,

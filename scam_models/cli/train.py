@@ -35,6 +35,9 @@ def train(
     gradient_clip: Annotated[float | None, typer.Option(help="Largest norm of the gradients; 0 for any.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     validate_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
+    validation_share: Annotated[
+        float | None, typer.Option(help="Share of the images that is kept for choosing the best weights.")
+    ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     devices: Annotated[int | None, typer.Option(help="Number of processes. Default: one for each GPU.")] = None,
     accelerator: Annotated[str, typer.Option(help="cpu, gpu or auto.")] = "auto",
@@ -57,6 +60,7 @@ def train(
         "gradient_clip": gradient_clip,
         "seed": seed,
         "validate_every": validate_every,
+        "validation_share": validation_share,
         "checkpoint_every": checkpoint_every,
     }
     configuration = replace(configuration, **_given(options), losses=replace(configuration.losses, **_given(losses)))

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sca_kernels import LabelMap
-
-from ..data import LabelledImages, open_checked
+from ..data import open_checked
+from ..evaluation import FeatureExtractor, evaluate
 from ..files import write_whole
 from ..model import Scam
-from ..psnr import psnr
 from .ablations import ABLATIONS, without
 from .configuration import TrainingConfiguration, with_latents
 from .run import train
@@ -32,13 +30,16 @@ class Result:
         variant: what differs, "whole" if nothing does.
         seed: of the training.
         parameters: of encoder and generator.
-        psnr: mean over the images of "test" and their reconstructions by the averaged weights, in dB.
+        psnr, s_fid: of the averaged weights on the images of "test", see :func:`scam_models.evaluation.evaluate`.
+        features: what S-FID was computed with.
     """
 
     variant: str
     seed: int
     parameters: int
     psnr: float
+    s_fid: float
+    features: str
 
 
 def variants(configuration: TrainingConfiguration) -> dict[str, TrainingConfiguration]:
@@ -67,6 +68,7 @@ def ablate(
     out: str | Path,
     *,
     seeds: Sequence[int] = (0,),
+    fid_features: FeatureExtractor | None = None,
     report: Callable[[str], None] = print,
     **options: Any,
 ) -> list[Result]:
@@ -79,6 +81,7 @@ def ablate(
         configurations: by the name of the variant, see :func:`variants`.
         out: the folder that is written, with a folder for each training.
         seeds: of the trainings.
+        fid_features: what S-FID is computed with. Default: random features, which the table then says.
         report: is called with lines of text.
         options: of :func:`scam_models.training.train`.
 
@@ -94,49 +97,41 @@ def ablate(
         for seed in seeds:
             folder = out / f"{name.replace(' ', '-')}-seed-{seed}"
             last = train(data, replace(configuration, seed=seed), folder, resume=True, report=report, **options)
-            model = Scam.from_checkpoint(last)
+            model = Scam.from_checkpoint(last).to("cuda" if torch.cuda.is_available() else "cpu")
+            found = evaluate(model, images, fid_features=fid_features)
             parameters = sum(parameter.numel() for parameter in model.parameters())
-            results.append(Result(name, seed, parameters, mean_psnr(model, images)))
-            report(f"{name}, seed {seed}: {results[-1].psnr:.2f} dB")
+            results.append(Result(name, seed, parameters, found.psnr, found.s_fid, found.fid_features))
+            report(f"{name}, seed {seed}: {found.psnr:.2f} dB")
             lines = "".join(json.dumps(asdict(result)) + "\n" for result in results)
             _write(out / "results.jsonl", lines)
             _write(out / "table.md", table(results))
     return results
 
 
-@torch.inference_mode()
-def mean_psnr(model: Scam, images: LabelledImages) -> float:
-    """Over the reconstructions of images, in dB. The noise is that of a fixed seed."""
-    values = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for index in range(len(images)):
-            sample = images[index]
-            labels = LabelMap.from_labels(sample.labels, images.configuration.num_labels)
-            image = sample.image.unsqueeze(0)
-            values.append(psnr(model.reconstruct(image, labels), image).item())
-    return statistics.fmean(values)
-
-
-def table(results: Iterable[Result]) -> str:
-    """Mean and standard deviation over seeds, in Markdown.
+def table(results: Sequence[Result]) -> str:
+    """Means over seeds, with the standard deviation of the PSNR, in Markdown.
 
     Example:
-        >>> print(table([Result("whole", 0, 1234567, 20.0), Result("whole", 1, 1234567, 21.0)]))
-        | variant | parameters | reconstruction (dB) | against whole |
-        |---|---|---|---|
-        | whole | 1.23 M | 20.50 ± 0.71 | |
+        >>> print(table([Result("whole", seed, 1234567, 20.0 + seed, 3.0, "random features") for seed in (0, 1)]))
+        | variant | parameters | PSNR (dB) | against whole | S-FID (random features) |
+        |---|---|---|---|---|
+        | whole | 1.23 M | 20.50 ± 0.71 | | 3.00 |
         <BLANKLINE>
     """
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.variant, []).append(result)
     means = {name: statistics.fmean(result.psnr for result in group) for name, group in groups.items()}
-    rows = ["| variant | parameters | reconstruction (dB) | against whole |", "|---|---|---|---|"]
+    rows = [
+        f"| variant | parameters | PSNR (dB) | against whole | S-FID ({results[0].features}) |",
+        "|---|---|---|---|---|",
+    ]
     for name, group in groups.items():
         spread = f" ± {statistics.stdev(result.psnr for result in group):.2f}" if len(group) > 1 else ""
         against = f" {means[name] - means['whole']:+.2f}" if name != "whole" and "whole" in means else ""
-        rows.append(f"| {name} | {group[0].parameters / 1e6:.2f} M | {means[name]:.2f}{spread} |{against} |")
+        s_fid = statistics.fmean(result.s_fid for result in group)
+        parameters = f"{group[0].parameters / 1e6:.2f} M"
+        rows.append(f"| {name} | {parameters} | {means[name]:.2f}{spread} |{against} | {s_fid:.2f} |")
     return "\n".join(rows) + "\n"
 
 

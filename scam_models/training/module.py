@@ -83,6 +83,7 @@ class ScamTraining(lightning.LightningModule):
         self.step = 0
         self.psnr = 0.0
         self.best_psnr = float("-inf")
+        self.counts_in_validation = True
         self._latest: dict[str, Tensor] = {}
         self._psnr_of_images: list[Tensor] = []
 
@@ -160,7 +161,7 @@ class ScamTraining(lightning.LightningModule):
         """Takes the mean PSNR over all images of all processes."""
         of_images = torch.cat(self._psnr_of_images)
         self._psnr_of_images.clear()
-        sums = torch.stack([of_images.sum(), torch.ones_like(of_images).sum()])
+        sums = torch.stack([of_images.sum(), torch.ones_like(of_images).sum()]) * self.counts_in_validation
         total, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         self.psnr = total / count
         self.write_scalars({"validation/psnr": self.psnr})

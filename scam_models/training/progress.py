@@ -32,7 +32,13 @@ class Progress(lightning.Callback):
         self._since, self._from = time.perf_counter(), pl_module.step
         if trainer.is_global_zero:
             self._bar = tqdm(
-                total=self.last_step, initial=pl_module.step, desc="training", unit="step", dynamic_ncols=True
+                total=self.last_step,
+                initial=pl_module.step,
+                desc="training",
+                unit="step",
+                dynamic_ncols=True,
+                # Not thousands of lines where the stream goes to a file.
+                mininterval=0.5 if sys.stderr.isatty() else 60,
             )
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
@@ -56,7 +62,7 @@ class Progress(lightning.Callback):
         shown |= {"images/s": f"{images_per_second:.1f}", "memory": f"{memory:.2f} GiB"}
         if pl_module.psnr:
             shown["validation"] = f"{pl_module.psnr:.2f} dB"
-        self._bar.set_postfix(shown)
+        self._bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Leaves the bar as it is."""

@@ -61,6 +61,9 @@ class TrainingData(lightning.LightningDataModule):
         """None of the images where none are kept."""
         trainer = self._trainer()
         own = self.kept[trainer.global_rank :: trainer.world_size]
+        # All processes validate, or those that do would wait for the others: without an image of its own, on any.
+        self.module.counts_in_validation = bool(own)
+        own = own or self.kept[:1]
         batch_size = max(self.module.configuration.batch_size // trainer.world_size, 1)
         return self._loader(Subset(self.images, own), batch_size=batch_size) if self.kept else []
 
@@ -121,6 +124,9 @@ def train(
     """
     out = Path(out)
     last = out / LAST
+    accelerator, count = _devices(devices, accelerator)
+    if configuration.batch_size % count:
+        raise InputError(f"batch_size: expected a multiple of the {count} processes, got {configuration.batch_size}")
     if getattr(rank_zero_only, "rank", 0):
         report = _say_nothing
     if vgg is None and configuration.losses.perceptual > 0:
@@ -144,14 +150,7 @@ def train(
     if begin >= configuration.steps:
         report(f"{last}: has its {begin} steps already; --steps with a larger number goes on")
         return last
-    accelerator, count = _devices(devices, accelerator)
-    if configuration.batch_size % count:
-        raise InputError(f"batch_size: expected a multiple of the {count} processes, got {configuration.batch_size}")
     source = TrainingData(images, module, workers)
-    if 0 < len(source.kept) < count:
-        raise InputError(
-            f"validation_share: expected at least {count} images for as many processes, got {len(source.kept)}"
-        )
     trainer = lightning.Trainer(
         accelerator=accelerator,
         devices=count,
@@ -163,7 +162,7 @@ def train(
         limit_val_batches=None if source.kept else 0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        logger=TensorBoardLogger(out, name=None, version="tensorboard", purge_step=begin + 1 if begin else None),
+        logger=TensorBoardLogger(out, name=None, version="tensorboard", purge_step=begin + 1),
         callbacks=[
             Checkpoints(out, configuration.steps, validates=bool(source.kept)),
             Progress(report_every, configuration.steps),
@@ -205,15 +204,13 @@ def _devices(devices: int | Literal["auto"], accelerator: str) -> tuple[str, int
         raise InputError(f"accelerator: expected cpu, gpu or auto, got {accelerator}")
     if accelerator == "auto":
         accelerator = "gpu" if gpus else "cpu"
-    if devices == "auto":
-        devices = max(gpus, 1) if accelerator == "gpu" else 1
-    if devices < 1:
-        raise InputError(f"devices: expected a positive number, got {devices}")
-    if accelerator == "gpu" and devices > gpus:
-        raise InputError(
-            f"devices: {devices} GPUs were asked for and there are {gpus}; use fewer, or --accelerator cpu"
-        )
-    return accelerator, devices
+    every = max(gpus, 1) if accelerator == "gpu" else 1
+    count = every if devices == "auto" else devices
+    if count < 1:
+        raise InputError(f"devices: expected a positive number, got {count}")
+    if accelerator == "gpu" and count > gpus:
+        raise InputError(f"devices: {count} GPUs were asked for, there are {gpus}; use fewer, or --accelerator cpu")
+    return accelerator, count
 
 
 def _say_nothing(line: str) -> None:
