@@ -90,18 +90,13 @@ BACKENDS = {
 }
 
 # The default for an operator on a type of device: the first that can serve the call. Everything else gets "reference".
-# On a GPU that choice is not a measured one: nothing of "triton" has run on one yet. But the reference is dense.
+# Nothing of "triton" has run on a GPU yet, so it is no default for anything until it has.
 _PREFERENCES: dict[tuple[str, str], tuple[str, ...]] = {
     ("label_plan", "cpu"): ("cpu",),
     ("semantic_cross_attention", "cpu"): ("cpu",),
     ("semantic_pool", "cpu"): ("cpu",),
     ("semantic_modulate", "cpu"): ("cpu",),
     ("instance_modulate", "cpu"): ("cpu",),
-    ("label_plan", "cuda"): ("triton",),
-    ("semantic_cross_attention", "cuda"): ("triton",),
-    ("semantic_pool", "cuda"): ("triton",),
-    ("semantic_modulate", "cuda"): ("triton",),
-    ("instance_modulate", "cuda"): ("triton",),
 }
 
 _ENVIRONMENT_CHOICE = os.environ.get("SCA_BACKEND", "")
