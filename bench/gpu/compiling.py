@@ -85,6 +85,8 @@ def compile_for(launch: Launch, target: Target) -> Compiled:
     from triton.compiler import ASTSource
 
     signature, constants, attributes = _specialize(launch)
+    if target.backend == "hip" and constants.get("PRECISION") != "bf16x3" and "PRECISION" in constants:
+        constants["PRECISION"] = "ieee"  # what is launched there; this machine chose for NVIDIA
     source = ASTSource(launch.kernel, signature, constants, attributes)
     gpu = GPUTarget(target.backend, target.architecture, target.warp_size)
     compiled = triton.compile(source, target=gpu, options=dict(launch.options))

@@ -109,7 +109,8 @@ def semantic_modulate(
         ValueError: if shapes, devices or numbers of labels do not agree, arguments that belong together are not given
             together, or noise requires a gradient.
 
-    Backends: ``cpu`` (the default on the CPU), ``reference``.
+    Backends: ``cpu`` (the default on the CPU), ``triton`` (for GPUs, never run on one yet; not in float64, and with at
+    most 256 latents of a label in all heads), ``reference``.
 
     Source: Dufour et al., SCAM!, ECCV 2022, the modulation of the generator, with folded projections.
 
