@@ -83,7 +83,7 @@ BACKENDS = {
         name="triton",
         summary="kernels in Triton for GPUs; never run on a GPU yet",
         devices=triton.DEVICES,
-        operators=frozenset({"label_plan", "semantic_pool", "instance_modulate"}),
+        operators=frozenset({"label_plan", "semantic_pool", "semantic_modulate", "instance_modulate"}),
         why_not=triton.why_not,
         dtypes=_FLOATS - {torch.float64},
     ),

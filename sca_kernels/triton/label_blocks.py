@@ -127,7 +127,7 @@ def blocks_of(cu_latents, offsets, num_labels, latent, PIXELS: tl.constexpr):
     label = last_label_until(cu_latents, num_labels, latent, 0, 1)
     begin = tl.load(offsets + label)
     end = tl.load(offsets + label + 1, mask=label < num_labels, other=begin)
-    return begin // PIXELS, tl.cdiv(end - begin, PIXELS)
+    return (begin // PIXELS).to(tl.int64), tl.cdiv(end - begin, PIXELS)
 
 
 @triton.jit

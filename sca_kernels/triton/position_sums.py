@@ -91,9 +91,8 @@ def _add_up_lines(
     slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)  # among the latents of a label
     group = tl.program_id(2).to(tl.int64)
     image = group // heads
-    pixels = lines.to(tl.int64) * elements
-    labels += image * pixels
-    slots = values + (group * max_latents + slot)[:, None, None] * pixels
+    labels += image * lines * elements
+    slots = values + (group * max_latents + slot)[:, None, None] * lines * elements
     label = _next_label(labels, -1, line, lines, elements, line_step, element_step, ELEMENTS)
     while label < num_labels:
         first, count = latents_of(cu_latents + image * cu_latents_stride, num_labels, label)

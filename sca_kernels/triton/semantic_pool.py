@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..outputs import empty_pool_outputs
-from .features import strides_of, tile_pointers
+from .features import load_channels, pixel_pointers, store_channels, strides_of
 from .label_blocks import (
     LabelBlocks,
     add_partial_rows,
@@ -147,8 +147,8 @@ def semantic_pool_backward(
         _pool_backward_blocks,
         (blocks.programs, batch),
         x, queries.contiguous(), contiguous(row_bias), contiguous(col_bias), cu_latents, offsets, order,
-        lse, delta, grad_pooled, grad_row_mass, grad_col_mass, offset, factor, mean,
-        grad_x if wants_x else None, partial, values, labels,
+        lse, delta.contiguous(), grad_pooled, grad_row_mass, grad_col_mass, offset.contiguous(), factor.contiguous(),
+        mean, grad_x if wants_x else None, partial, values, labels,
         *x_strides, *grad_x_strides, *map(image_stride, (cu_latents, offsets, order)),
         heads, latents, max_latents, blocks.num_labels, blocks.partial_rows, height, width,
         channels=channels, FLAT=flat, PRECISION=float32_precision(x.dtype), **blocks.rows, **blocks.cut.options,
@@ -184,15 +184,13 @@ def _pool_blocks(
     first, count = latents_of(cu_latents + image * cu_latents_stride, num_labels, label)
     row, is_row = rows_of(image, heads, latents, first, count, HEADS, LATENTS)
     there = is_row[:, None] & inside[None, :]
+    x = pixel_pointers(x, image, pixel, width, image_stride, row_stride, column_stride, FLAT)
 
     logits = by_position(row_bias, col_bias, row, pixel, height, width, there)
     for start in range(0, channels, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         known = (channel < channels)[:, None] & inside[None, :]
-        pointers = tile_pointers(
-            x, image, channel, pixel, width, image_stride, channel_stride, row_stride, column_stride, FLAT
-        )
-        features = tl.load(pointers, mask=known, other=0.0).to(tl.float32)
+        features = load_channels(x, channel_stride, channel, known)
         table = load_rows(queries, row, is_row, channel, channels)
         logits = tl.dot(table, features, logits, input_precision=PRECISION)
     logits = tl.where(there, logits, float("-inf"))
@@ -200,15 +198,13 @@ def _pool_blocks(
     # Where all logits are -inf, their weights are zero rather than exp(-inf + inf).
     weights = tl.exp(logits - tl.where(largest > float("-inf"), largest, 0.0)[:, None])
 
-    partial, _ = rows_of(image, heads, partial_rows, (program - label) * max_latents + first, count, HEADS, LATENTS)
+    first += (program - label).to(tl.int64) * max_latents
+    partial, _ = rows_of(image, heads, partial_rows, first, count, HEADS, LATENTS)
     size = (end - begin).to(tl.float32)
     for start in range(0, channels, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         known = (channel < channels)[:, None] & inside[None, :]
-        pointers = tile_pointers(
-            x, image, channel, pixel, width, image_stride, channel_stride, row_stride, column_stride, FLAT
-        )
-        features = tl.load(pointers, mask=known, other=0.0).to(tl.float32)
+        features = load_channels(x, channel_stride, channel, known)
         pooled = tl.dot(weights, tl.trans(features), input_precision=PRECISION)
         store_rows(partial_pooled, pooled, partial, is_row, channel, channels)
         # Moments of the differences from the first pixel, so that a large mean does not drown them.
@@ -235,7 +231,7 @@ def _merge_block_moments(
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     image = tl.program_id(1).to(tl.int64)
     block_sizes += image * blocks
-    size = tl.maximum(pixels, 1).to(tl.float64)
+    size = tl.cast(tl.maximum(pixels, 1), tl.float64)
     total = tl.zeros([CHANNELS], tl.float64)
     for begin in range(0, blocks, BLOCKS):
         block = begin + tl.arange(0, BLOCKS)
@@ -331,16 +327,18 @@ def _pool_backward_blocks(
     first, count = latents_of(cu_latents + image * cu_latents_stride, num_labels, label)
     row, is_row = rows_of(image, heads, latents, first, count, HEADS, LATENTS)
     there = is_row[:, None] & inside[None, :]
+    x = pixel_pointers(x, image, pixel, width, image_stride, row_stride, column_stride, FLAT)
+    if grad_x is not None:
+        grad_x = pixel_pointers(
+            grad_x, image, pixel, width, grad_image_stride, grad_row_stride, grad_column_stride, FLAT
+        )
 
     logits = by_position(row_bias, col_bias, row, pixel, height, width, there)
     gradients = by_position(grad_row_mass, grad_col_mass, row, pixel, height, width, there)
     for start in range(0, channels, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         known = (channel < channels)[:, None] & inside[None, :]
-        pointers = tile_pointers(
-            x, image, channel, pixel, width, image_stride, channel_stride, row_stride, column_stride, FLAT
-        )
-        features = tl.load(pointers, mask=known, other=0.0).to(tl.float32)
+        features = load_channels(x, channel_stride, channel, known)
         table = load_rows(queries, row, is_row, channel, channels)
         logits = tl.dot(table, features, logits, input_precision=PRECISION)
         if grad_pooled is not None:
@@ -350,14 +348,12 @@ def _pool_backward_blocks(
     weights = tl.where(there, weights, 0.0)
     gradients = tl.where(there, weights * (gradients - tl.load(delta + row, mask=is_row, other=0.0)[:, None]), 0.0)
 
-    partial, _ = rows_of(image, heads, partial_rows, (program - label) * max_latents + first, count, HEADS, LATENTS)
+    first += (program - label).to(tl.int64) * max_latents
+    partial, _ = rows_of(image, heads, partial_rows, first, count, HEADS, LATENTS)
     for start in range(0, channels, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         known = (channel < channels)[:, None] & inside[None, :]
-        pointers = tile_pointers(
-            x, image, channel, pixel, width, image_stride, channel_stride, row_stride, column_stride, FLAT
-        )
-        features = tl.load(pointers, mask=known, other=0.0).to(tl.float32)
+        features = load_channels(x, channel_stride, channel, known)
         if partial_queries is not None:
             sums = tl.dot(gradients, tl.trans(features), input_precision=PRECISION)
             store_rows(partial_queries, sums, partial, is_row, channel, channels)
@@ -372,11 +368,7 @@ def _pool_backward_blocks(
             if grad_pooled is not None:
                 table = load_rows(grad_pooled, row, is_row, channel, channels)
                 result = tl.dot(tl.trans(table), weights, result, input_precision=PRECISION)
-            pointers = tile_pointers(
-                grad_x, image, channel, pixel, width,
-                grad_image_stride, grad_channel_stride, grad_row_stride, grad_column_stride, FLAT,
-            )  # fmt: skip
-            tl.store(pointers, result.to(grad_x.dtype.element_ty), mask=known)
+            store_channels(grad_x, grad_channel_stride, channel, result, known)
     if values is not None:
         store_values(
             values, labels, gradients, label, image, pixel, there, inside, heads, max_latents, height * width,
