@@ -83,7 +83,9 @@ BACKENDS = {
         name="triton",
         summary="kernels in Triton for GPUs; never run on a GPU yet",
         devices=triton.DEVICES,
-        operators=frozenset({"label_plan", "instance_modulate", "semantic_cross_attention"}),
+        operators=frozenset(
+            {"label_plan", "semantic_cross_attention", "semantic_pool", "semantic_modulate", "instance_modulate"}
+        ),
         why_not=triton.why_not,
         dtypes=_FLOATS - {torch.float64},
     ),

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sca_kernels import LabelMap, LatentLayout, instance_modulate, semantic_cross_attention
+from sca_kernels import (
+    LabelMap,
+    LatentLayout,
+    instance_modulate,
+    semantic_cross_attention,
+    semantic_modulate,
+    semantic_pool,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -81,6 +88,7 @@ def all_calls(dtypes: Sequence[torch.dtype] = DTYPES, *, shrink: int = 1) -> Ite
     for dtype in dtypes:
         yield from instance_modulate_calls(dtype, shrink)
         yield from semantic_cross_attention_calls(dtype, shrink)
+        yield from folded_calls(dtype, shrink)
 
 
 def label_map(height: int, width: int, num_labels: int) -> LabelMap:
@@ -142,3 +150,52 @@ def semantic_cross_attention_calls(dtype: torch.dtype, shrink: int) -> Iterator[
         call = functools.partial(prepare, query, key, latents, size, width)
         name = f"{query} to {key}, {latents} latents, width {width}"
         yield Call("semantic_cross_attention", name, dtype, call, headline=size == 256)
+
+
+def folded_calls(dtype: torch.dtype, shrink: int) -> Iterator[Call]:
+    """semantic_pool and semantic_modulate."""
+    labels = 19
+
+    def prepare(
+        operator: str, channels: int, size: int, heads: int, latents: int, memory: torch.memory_format
+    ) -> Callable[[], Results]:
+        size //= shrink
+        layout = LatentLayout.uniform(labels, latents)
+
+        def rows(*width: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(1, heads, layout.count, *width) * scale).requires_grad_()
+
+        named: dict[str, Any] = {
+            "x": torch.randn(1, channels, size, size, dtype=dtype).to(memory_format=memory).requires_grad_(),
+            "layout": layout,
+            "labels": label_map(size, size, labels),
+            "row_bias": rows(size),
+            "col_bias": rows(size),
+        }
+        if operator == "semantic_pool":
+            return functools.partial(semantic_pool, queries=rows(channels, scale=channels**-0.5), **named)
+        return functools.partial(
+            semantic_modulate,
+            keys=rows(channels, scale=channels**-0.5),
+            scale=rows(channels),
+            shift=rows(channels),
+            key_bias=rows(),
+            scale_bias=torch.randn(channels, requires_grad=True),
+            shift_bias=torch.randn(channels, requires_grad=True),
+            noise=torch.randn(1, 1, size, size),
+            noise_strength=torch.randn(channels, requires_grad=True),
+            **named,
+        )
+
+    for operator in ("semantic_pool", "semantic_modulate"):
+        for channels, size, heads, latents, order in (
+            (64, 256, 1, 8, "channels first"),
+            (64, 256, 1, 8, "channels last"),
+            (128, 128, 1, 8, "channels first"),
+            (512, 32, 1, 8, "channels first"),
+            (64, 64, 4, 32, "channels first"),
+            (64, 64, 8, 32, "channels first"),
+        ):
+            call = functools.partial(prepare, operator, channels, size, heads, latents, MEMORY[order])
+            name = f"{channels} channels, {size} x {size}, {heads} heads of {latents} latents, {order}"
+            yield Call(operator, name, dtype, call, headline=size >= 128)

@@ -118,8 +118,9 @@ _begun: dict[str, Future[Compiled]] = {}
 
 
 def begin_to_compile(launch: Launch, target: Target) -> Future[Compiled]:
-    """Compiles beside other kernels; once, however many launches would have it compiled the same way."""
-    key = str((launch.name, target.name, _specialize(launch), sorted(launch.options.items())))
+    """Compiles beside other kernels; once for launches that differ in nothing but what is a multiple of 16."""
+    signature, constants, _ = _specialize(launch)
+    key = str((launch.name, target.name, signature, constants, sorted(launch.options.items())))
     if key not in _begun:
         _begun[key] = _compilers().submit(compile_for, launch, target)
     return _begun[key]
