@@ -3,6 +3,7 @@
 Made of the layers in :mod:`sca_kernels.nn`.
 """
 
+from .attention import LatentAttention, StrongestLatents
 from .configurations import (
     EncoderConfiguration,
     GeneratorConfiguration,
@@ -25,7 +26,7 @@ from .losses import (
     generator_hinge_loss,
     r1_penalty,
 )
-from .model import Scam, StrongestLatents
+from .model import Scam
 from .published import load_published_state_dict, published_state_dict
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "GeneratorConfiguration",
     "InputError",
     "Judgement",
+    "LatentAttention",
     "LatentDistribution",
     "Latents",
     "LossWeights",

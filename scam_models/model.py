@@ -4,37 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sca_kernels import LabelMap
 
+from .attention import LatentAttention, StrongestLatents
 from .checkpoints import SavedModel, read_model, write_weights
 from .configurations import ScamConfiguration
 from .encoder import Encoder
 from .errors import InputError
 from .generator import Generator, GeneratorBlock
-from .latents import Latents, take_latents
+from .latents import Latents, between, take_latents
 from .serialisation import first_difference, from_values, to_values
-
-
-class StrongestLatents(NamedTuple):
-    """Which latent each pixel attends to most.
-
-    Attributes:
-        latent: (B, height, width) int64, its number, -1 for a pixel whose label has none.
-        weight: (B, height, width), how much it attends to it, from 0 to 1.
-
-    Example:
-        >>> strongest = StrongestLatents(torch.tensor([[[3, -1]]]), torch.tensor([[[0.5, 0.0]]]))
-        >>> int(strongest.latent.max())
-        3
-    """
-
-    latent: Tensor
-    weight: Tensor
 
 
 class Scam(nn.Module):
@@ -204,6 +187,54 @@ class Scam(nn.Module):
         latents = take_latents(self.encoder.configuration.layout, self.encode(image, labels), others)
         return self.generate(labels, latents)
 
+    def interpolate(
+        self,
+        image: Tensor,
+        labels: LabelMap,
+        other_image: Tensor,
+        other_labels: LabelMap,
+        *,
+        steps: int = 7,
+        only: Iterable[int] | None = None,
+    ) -> Tensor:
+        """What lies between an image and the same with the latents of another one.
+
+        The latents go from those of ``image`` to those of ``other_image`` on a straight line; the label map is always
+        ``labels``. All have the same noise.
+
+        Args:
+            image: (1, image_channels, height, width), from -1 to 1, of the generator's size.
+            labels: of the same size.
+            other_image, other_labels: of any size.
+            steps: number of images, the first and the last included, at least 2.
+            only: the labels whose latents change. Default: all.
+
+        Returns:
+            (steps, image_channels, height, width).
+
+        Raises:
+            ValueError: if ``steps`` is less than 2 or a label is out of range.
+
+        Example:
+            >>> from scam_models import tiny
+            >>> model = Scam.from_configuration(tiny())
+            >>> labels = LabelMap.from_labels(torch.randint(0, 3, (1, 64, 64)), num_labels=3)
+            >>> one, other = torch.rand(2, 1, 3, 64, 64) * 2 - 1
+            >>> model.interpolate(one, labels, other, labels, steps=3).shape
+            torch.Size([3, 3, 64, 64])
+        """
+        if steps < 2:
+            raise ValueError(f"steps: expected at least 2, got {steps}")
+        begin, end = self.encode(image, labels), self.encode(other_image, other_labels)
+        if only is not None:
+            end = take_latents(self.encoder.configuration.layout, begin, dict.fromkeys(only, end))
+        devices = [image.device] if image.device.type == "cuda" else []
+        frames = []
+        for step in range(steps):
+            with torch.random.fork_rng(devices):  # each draws its noise from the same state
+                frames.append(self.generate(labels, between(begin, end, step / (steps - 1))))
+        return torch.cat(frames)
+
     @torch.no_grad()
     def strongest_latents(self, labels: LabelMap, latents: Latents) -> StrongestLatents:
         """Which latent of its label each pixel attends to most, in the last modulation.
@@ -224,6 +255,28 @@ class Scam(nn.Module):
             >>> bool((strongest.latent >= 8).all())  # the latents of label 2 are the last four
             True
         """
+        return self.attention(labels, latents).strongest()
+
+    @torch.no_grad()
+    def attention(self, labels: LabelMap, latents: Latents) -> LatentAttention:
+        """How much each pixel attends to each latent of its label, in the last modulation.
+
+        Weights are the mean over heads, see :func:`sca_kernels.folding.attention_weights`.
+
+        Args:
+            labels, latents: as given to the generator.
+
+        Returns:
+            a :class:`LatentAttention`, of the generator's size.
+
+        Example:
+            >>> from scam_models import tiny
+            >>> model = Scam.from_configuration(tiny())
+            >>> labels = LabelMap.from_labels(torch.full((1, 64, 64), 2), num_labels=3)
+            >>> attention = model.attention(labels, torch.randn(1, 12, 32))
+            >>> bool((attention.weights.sum(1) - 1).abs().max() < 1e-5)
+            True
+        """
         block = self.generator.blocks[-1]
         assert isinstance(block, GeneratorBlock)
         weights: list[Tensor] = []
@@ -237,8 +290,6 @@ class Scam(nn.Module):
             self.generator(labels, latents)
         finally:
             handle.remove()
-        weight, place = weights[0].mean(1).max(1)
         layout = self.generator.configuration.layout
-        label = labels.labels.long().expand(len(place), -1, -1)
-        begin = layout.offsets(label.device)[label.clamp(0, layout.num_labels - 1)]
-        return StrongestLatents(torch.where(weight > 0, begin + place, -1), weight)
+        label = labels.labels.long().expand(len(weights[0]), -1, -1)
+        return LatentAttention(layout.offsets(label.device)[label.clamp(0, layout.num_labels - 1)], weights[0].mean(1))

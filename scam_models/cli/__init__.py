@@ -9,9 +9,11 @@ import typer
 
 from ..errors import InputError
 from .ablate import ablate
+from .attention import attention
 from .check import check
 from .evaluate import evaluate
 from .export import export
+from .interpolate import interpolate
 from .make_data import make_data
 from .reconstruct import reconstruct
 from .train import train
@@ -29,6 +31,8 @@ app.command("check")(check)
 app.command("train")(train)
 app.command("reconstruct")(reconstruct)
 app.command("transfer")(transfer)
+app.command("interpolate")(interpolate)
+app.command("attention")(attention)
 app.command("evaluate")(evaluate)
 app.command("export")(export)
 app.command("ablate")(ablate)

@@ -25,6 +25,7 @@ from ..serialisation import from_values
 Checkpoint = Annotated[
     Path, typer.Argument(help="last.ckpt or best.ckpt of scam train, or a file of scam export.", show_default=False)
 ]
+ImageFile = Annotated[Path, typer.Argument(metavar="IMAGE", help="File in DATA/SPLIT/images.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Of the noise.")]
 
 

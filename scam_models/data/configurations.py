@@ -76,6 +76,10 @@ class DataConfiguration:
         names = f" or one of {', '.join(self.label_names)}" if self.label_names else ""
         raise InputError(f"label {name!r}: expected a number from 0 to {self.num_labels - 1}{names}")
 
+    def label_name(self, label: int) -> str:
+        """The name of a label, or its number in digits."""
+        return self.label_names[label] if self.label_names else str(label)
+
 
 def merging_table(num_values: int, others: int, groups: Mapping[int, Iterable[int]]) -> tuple[int, ...]:
     """Which label each value of a label file stands for.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import lightning
@@ -26,6 +25,7 @@ from ..losses import (
     r1_penalty,
 )
 from ..model import Scam
+from ..pictures import grid
 from ..psnr import psnr
 from ..serialisation import to_values
 from .configuration import TrainingConfiguration
@@ -245,8 +245,8 @@ class ScamTraining(lightning.LightningModule):
             LabelMap(labels.labels.roll(1, 0), labels.num_labels),
             background=self.configuration.data.background,
         )
-        rows: Iterable[Tensor] = (images[:SHOWN_IMAGES] for images in (batch.image, reconstructions, transfers))
-        grid = torch.cat([torch.cat(row.float().unbind(), 2) for row in rows], 1)
+        rows = (batch.image, reconstructions, transfers)
+        picture = grid([images[:SHOWN_IMAGES].unbind() for images in rows])
         self.logger.experiment.add_image(
-            "validation/images_reconstructions_transfers", (grid / 2 + 0.5).clamp(0, 1), self.step
+            "validation/images_reconstructions_transfers", (picture / 2 + 0.5).clamp(0, 1), self.step
         )
