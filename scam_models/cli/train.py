@@ -31,6 +31,8 @@ def train(
             "adversarial, perceptual, l1."
         ),
     ] = None,
+    generator_rate: Annotated[float | None, typer.Option(help="Learning rate of encoder and generator.")] = None,
+    discriminator_rate: Annotated[float | None, typer.Option(help="Learning rate of the discriminator.")] = None,
     precision: Annotated[str | None, typer.Option(help="32, or bf16 for mixed precision.")] = None,
     gradient_clip: Annotated[float | None, typer.Option(help="Largest norm of the gradients; 0 for any.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
@@ -56,6 +58,8 @@ def train(
     options: dict[str, Any] = {
         "steps": steps,
         "batch_size": batch_size,
+        "generator_rate": generator_rate,
+        "discriminator_rate": discriminator_rate,
         "precision": precision,
         "gradient_clip": gradient_clip,
         "seed": seed,

@@ -197,7 +197,7 @@ def subject_pairs(count: int, groups: Sequence[Hashable] | None = None, *, seed:
 
     Example:
         >>> subject_pairs(4, ["anna", "anna", "bert", "bert"], seed=1)
-        [2, 3, 1, 0]
+        [2, 3, 0, 1]
     """
     if count < 2:
         raise InputError(f"pairs of subjects and backgrounds need at least two images, got {count}")

@@ -52,6 +52,8 @@ class Checkpoints(lightning.Callback):
         configuration, is_end = module.configuration, module.step == self.last_step
         is_due = is_end or module.step % configuration.checkpoint_every == 0
         validation_follows = self.validates and (is_end or module.step % configuration.validate_every == 0)
+        if is_due:
+            module.latest_losses()  # raises rather than let numbers that are not finite replace good weights
         if is_due and not validation_follows:
             trainer.save_checkpoint(self.folder / LAST)
 

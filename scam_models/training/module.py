@@ -140,8 +140,8 @@ class ScamTraining(lightning.LightningModule):
         for name, value in losses.items():
             if not abs(value) < float("inf"):
                 raise InputError(
-                    f"step {self.step}: {name} is {value}; go on from the last checkpoint with smaller learning rates, "
-                    "or start with --gradient-clip"
+                    f"step {self.step}: {name} is {value}; start again in another --out with --gradient-clip 1, "
+                    "smaller rates or --precision 32"
                 )
         return losses
 
