@@ -36,15 +36,19 @@ format: $(VENV)/.installed ## rewrite the sources in the project's style
 compile-gpu: $(VENV)/.installed ## compile the kernels in Triton for GPUs, which need not be there, and check what came out
 	$(RUN) -m pytest tests/test_triton_compiled.py -q
 
-# On a machine with a GPU. Nothing is installed or downloaded: $(PYTHON) must have PyTorch, Triton and pytest.
-GPU_TESTS = $(wildcard tests/test_triton_*.py) tests/test_gpu.py
+# On a machine with a GPU. Nothing is installed or downloaded: $(PYTHON) must have PyTorch, Triton and pytest. The tests
+# mostly wait for Triton to compile, so their files are run beside one another.
+GPU_TESTS = $(filter-out %_compiled.py,$(wildcard tests/test_triton_*.py)) tests/test_gpu.py
 gpu: gpu-test gpu-bench ## on a CUDA machine, with $(PYTHON) as it is: the kernels' tests, then their figures
 
 gpu-build:
 	$(PYTHON) setup.py -q build_ext --inplace
 
 gpu-test: gpu-build
-	$(PYTHON) -m pytest $(GPU_TESTS) -q -m "(triton or gpu) and not compiles_gpu"
+	$(MAKE) --keep-going --jobs --output-sync $(GPU_TESTS:tests/%.py=gpu-test-%)
+
+gpu-test-%:
+	$(PYTHON) -m pytest tests/$*.py -q -m "triton or gpu"
 
 gpu-bench: gpu-build
 	$(PYTHON) -m bench.gpu.run

@@ -118,8 +118,16 @@ _begun: dict[str, Future[Compiled]] = {}
 
 
 def begin_to_compile(launch: Launch, target: Target) -> Future[Compiled]:
-    """Compiles beside other kernels; once for launches that differ in nothing but what is a multiple of 16."""
+    """Compiles beside other kernels, and only once what differs little.
+
+    That is for sm_90 what differs in multiples of 16 alone, for the others what has the same tensors and constants.
+    """
     signature, constants, _ = _specialize(launch)
+    if target.name != "sm_90":
+        integers = {name for name, value in launch.arguments.items() if isinstance(value, int)} - launch.constants
+        signature, constants = (
+            {name: kind for name, kind in kinds.items() if name not in integers} for kinds in (signature, constants)
+        )
     key = str((launch.name, target.name, signature, constants, sorted(launch.options.items())))
     if key not in _begun:
         _begun[key] = _compilers().submit(compile_for, launch, target)
