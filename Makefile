@@ -9,16 +9,17 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o 
 export SCA_REQUIRE_NATIVE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench sanitize native clean
+.PHONY: help demo test lint format compile-gpu bench sanitize native clean
 
 help: ## list these targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: native ## train a small SCAM on two portraits and exchange their backgrounds; writes a picture
 	$(RUN) demo/run.py
 
 test: native ## all tests, then the benchmarks at small sizes, where they only check results
-	$(RUN) -m pytest tests -q
+	$(RUN) -m pytest tests -q -m "not triton and not compiles_gpu"
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests -q -m triton
 	$(RUN) -m pytest bench -q
 
 lint: $(VENV)/.installed ## check style and types
@@ -31,6 +32,9 @@ format: $(VENV)/.installed ## rewrite the sources in the project's style
 	$(RUN) -m ruff check --fix-only .
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+compile-gpu: $(VENV)/.installed ## compile the kernels in Triton for GPUs, which need not be there, and check what came out
+	$(RUN) -m pytest tests/test_triton_compiled.py -q
 
 bench: native ## the benchmarks at full size
 	$(RUN) -m pytest bench/ --benchmark

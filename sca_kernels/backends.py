@@ -1,8 +1,9 @@
 """Which backends exist, which one serves a call, and how to force one.
 
 A backend is a set of implementations of the operators. ``reference`` is plain PyTorch and runs everywhere; ``cpu`` is
-the compiled C++ library. The default for a call is looked up by operator and device; ``with backend("reference"):`` or
-the environment variable ``SCA_BACKEND`` force one, and a forced backend that cannot serve a call is an error.
+the compiled C++ library; ``triton`` are kernels for GPUs. The default for a call is looked up by operator and device;
+``with backend("reference"):`` or the environment variable ``SCA_BACKEND`` force one, and a forced backend that cannot
+serve a call is an error.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from . import triton
 
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
@@ -29,6 +32,7 @@ class Backend:
         devices: the device types it runs on; empty means all.
         operators: the operators it has, or None for all.
         why_not: the reason why it cannot run in this process, or None if it can.
+        dtypes: the floating-point types it computes in.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Backend:
     devices: frozenset[str]
     operators: frozenset[str] | None
     why_not: Callable[[], str | None]
+    dtypes: frozenset[torch.dtype] = _FLOATS
 
     def why_not_for(self, operator: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """The reason why it cannot serve a call, or None if it can."""
@@ -46,7 +51,7 @@ class Backend:
             return f"it has no {operator}"
         if self.devices and device.type not in self.devices:
             return f"it runs on {', '.join(sorted(self.devices))}, not on {device.type}"
-        if dtype.is_floating_point and dtype not in _FLOATS:
+        if dtype.is_floating_point and dtype not in self.dtypes:
             return f"it does not compute in {dtype}"
         return None
 
@@ -74,15 +79,29 @@ BACKENDS = {
         ),
         why_not=_native_why_not,
     ),
+    "triton": Backend(
+        name="triton",
+        summary="kernels in Triton for GPUs; never run on a GPU yet",
+        devices=triton.DEVICES,
+        operators=frozenset({"label_plan", "instance_modulate", "semantic_cross_attention"}),
+        why_not=triton.why_not,
+        dtypes=_FLOATS - {torch.float64},
+    ),
 }
 
 # The default for an operator on a type of device: the first that can serve the call. Everything else gets "reference".
+# On a GPU that choice is not a measured one: nothing of "triton" has run on one yet. But the reference is dense.
 _PREFERENCES: dict[tuple[str, str], tuple[str, ...]] = {
     ("label_plan", "cpu"): ("cpu",),
     ("semantic_cross_attention", "cpu"): ("cpu",),
     ("semantic_pool", "cpu"): ("cpu",),
     ("semantic_modulate", "cpu"): ("cpu",),
     ("instance_modulate", "cpu"): ("cpu",),
+    ("label_plan", "cuda"): ("triton",),
+    ("semantic_cross_attention", "cuda"): ("triton",),
+    ("semantic_pool", "cuda"): ("triton",),
+    ("semantic_modulate", "cuda"): ("triton",),
+    ("instance_modulate", "cuda"): ("triton",),
 }
 
 _ENVIRONMENT_CHOICE = os.environ.get("SCA_BACKEND", "")

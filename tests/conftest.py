@@ -8,7 +8,8 @@ import hypothesis
 import pytest
 import torch
 
-from sca_kernels import cpu
+from sca_kernels import cpu, triton
+from sca_kernels.triton import launch
 
 # The same few examples every time, so that a failure is there again on the next run and on the next machine.
 hypothesis.settings.register_profile(
@@ -21,6 +22,12 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("sca")
+
+
+if triton.INTERPRETED and triton.why_not() is None:
+    from interpreter import repair
+
+    repair()
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +71,19 @@ def capability(request: pytest.FixtureRequest, native: None) -> Iterator[str]:
     cpu.set_capability(name)
     yield name
     cpu.set_capability(before)
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips the test where kernels in Triton cannot run. In the interpreter, every tensor that a kernel is given then
+    lies between canaries: what a kernel reads beside a tensor is not a number, and what it writes there is found."""
+    reason = triton.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    if triton.INTERPRETED:
+        from interpreter import between_canaries
+
+        monkeypatch.setattr(launch, "_run", between_canaries(launch._run))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from devices import device_of, on_device
 from folded import assert_close, channels_last
 from tokens import TOLERANCE, error_ratio
 from torch import Tensor
@@ -36,6 +37,13 @@ class Problem:
 
     def changed(self, **changes: Any) -> Problem:
         return dataclasses.replace(self, **changes)
+
+    def on(self, device: torch.device) -> Problem:
+        return self.changed(
+            tensors=on_device(dict(self.tensors), device),
+            settings=on_device(dict(self.settings), device),
+            grad_out=on_device(self.grad_out, device),
+        )
 
     def with_tensors(self, **tensors: Tensor) -> Problem:
         return self.changed(tensors={**self.tensors, **tensors})
@@ -148,10 +156,12 @@ def differentiate(problem: Problem, out: Tensor, inputs: Mapping[str, Tensor]) -
 
 def solve(problem: Problem, backend: str, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
     """Result and gradients of a backend, which is forced: a test never compares the reference with itself."""
+    problem = problem.on(device_of(backend))
     inputs = leaves(problem, wanted)
     with sca_kernels.backend(backend):
         out = call(problem, inputs)
-    return differentiate(problem, out, inputs)
+    found: dict[str, Tensor] = on_device(differentiate(problem, out, inputs), torch.device("cpu"))
+    return found
 
 
 def expect(problem: Problem) -> dict[str, Tensor]:
@@ -184,8 +194,8 @@ def assert_accurate(problem: Problem, actual: Values, expected: Values) -> None:
     return None
 
 
-def assert_matches_reference(problem: Problem) -> dict[str, Tensor]:
-    """The compiled kernels agree with the reference on result and gradients; returns their results."""
-    actual = solve(problem, "cpu")
+def assert_matches_reference(problem: Problem, backend: str = "cpu") -> dict[str, Tensor]:
+    """The kernels agree with the reference on result and gradients; returns their results."""
+    actual = solve(problem, backend)
     assert_accurate(problem, actual, expect(problem))
     return actual

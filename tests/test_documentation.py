@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import doctest
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -32,7 +32,10 @@ def modules() -> list[ModuleType]:
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     ]
     # The compiled library has no docstrings, and the one that the others use may be elsewhere.
-    return [*PACKAGES, *(importlib.import_module(name) for name in names if not name.endswith("._native"))]
+    names = [name for name in names if not name.endswith("._native")]
+    if importlib.util.find_spec("triton") is None:
+        names = [name for name in names if not name.startswith("sca_kernels.triton.")]
+    return [*PACKAGES, *(importlib.import_module(name) for name in names)]
 
 
 def examples() -> list[doctest.DocTest]:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import sca_kernels.cpu.label_plan as native_plan
 from sca_kernels import LabelMap
 from sca_kernels.labels import LabelPlan, tile_size
 from sca_kernels.reference.label_plan import label_plan as reference_label_plan
+from sca_kernels.triton.label_plan import label_plan as gpu_label_plan
 
 INT32 = torch.iinfo(torch.int32)
 
@@ -158,6 +159,23 @@ def assert_follows_definition(
 def test_native_equals_reference(case: Case) -> None:
     arguments = case.arguments()
     assert_same_plan(native_plan.label_plan(*arguments), reference_label_plan(*arguments))
+
+
+@cases
+def test_plan_for_gpus_equals_reference(case: Case) -> None:
+    """It is made of PyTorch's operators, which run here as well."""
+    arguments = case.arguments()
+    actual, expected = gpu_label_plan(*arguments), reference_label_plan(*arguments)
+    assert_same_plan(actual, expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == other.dtype and one.is_contiguous()
+
+
+def test_plan_for_gpus_reads_nothing_back() -> None:
+    """A tensor without values cannot be asked for one."""
+    with FakeTensorMode() as mode:
+        plan = gpu_label_plan(mode.from_tensor(random_labels((2, 33, 47), 9)), 9, 8, 16)
+    assert all(isinstance(part, FakeTensor) for part in plan)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.shape[1] * case.shape[2] <= 5000], ids=str)

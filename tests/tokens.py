@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from devices import device_of, on_device
 from torch import Tensor
 
 import sca_kernels
@@ -84,6 +85,10 @@ class Problem:
     def changed(self, **changes: Any) -> Problem:
         return dataclasses.replace(self, **changes)
 
+    def on(self, device: torch.device) -> Problem:
+        names = ("query", "key", "value", "query_tokens", "key_tokens", "grad_out", "grad_lse")
+        return self.changed(**on_device({name: getattr(self, name) for name in names}, device))
+
     def to(self, dtype: torch.dtype) -> Problem:
         """The same numbers, rounded to ``dtype``; the gradient of lse is never less than float32."""
         query, key, value = (tensor.to(dtype) for tensor in self.inputs)
@@ -140,6 +145,8 @@ def solve(
     wanted: Sequence[bool] = (True, True, True),
 ) -> Results:
     """The results of a backend, which is forced: a test never compares the reference with itself."""
+    device = device_of(backend)
+    problem = problem.on(device)
     inputs = [tensor.detach().requires_grad_(asked) for tensor, asked in zip(problem.inputs, wanted, strict=True)]
     with sca_kernels.backend(backend):
         out, lse = semantic_cross_attention(
@@ -156,7 +163,8 @@ def solve(
         results, result_gradients = zip(*flows, strict=True)
         found = torch.autograd.grad(results, asked_for, result_gradients, allow_unused=True, materialize_grads=True)
         gradients = {id(tensor): gradient for tensor, gradient in zip(asked_for, found, strict=True)}
-    return Results(out.detach(), lse.detach(), *(gradients.get(id(tensor)) for tensor in inputs))
+    found_results = Results(out.detach(), lse.detach(), *(gradients.get(id(tensor)) for tensor in inputs))
+    return Results(*on_device(tuple(found_results), torch.device("cpu")))
 
 
 def error_ratio(actual: Tensor, expected: Tensor) -> float:
@@ -191,17 +199,21 @@ def assert_same_bits(actual: Results, expected: Results) -> None:
             assert different == 0, f"{name}: {different} of {got.numel()} elements differ"
 
 
-def assert_matches_reference(problem: Problem, *, tolerance: float | None = None, **settings: Any) -> Results:
-    """The compiled kernels agree with the reference in float64 on outputs and gradients; returns their results."""
-    actual = solve(problem, "cpu", **settings)
+def assert_matches_reference(
+    problem: Problem, *, backend: str = "cpu", tolerance: float | None = None, **settings: Any
+) -> Results:
+    """The kernels agree with the reference in float64 on outputs and gradients; returns their results."""
+    actual = solve(problem, backend, **settings)
     expected = solve(problem.to(torch.float64), "reference", **settings)
     assert_close(actual, expected, TOLERANCE[problem.query.dtype] if tolerance is None else tolerance)
     return actual
 
 
-def assert_at_least_as_accurate(problem: Problem, expected: Results, *, empty: str = "uniform") -> None:
+def assert_at_least_as_accurate(
+    problem: Problem, expected: Results, *, backend: str = "cpu", empty: str = "uniform"
+) -> None:
     """At most 1.5 times the error that the reference makes in the same type, or what float32 rounds away."""
-    actual = solve(problem, "cpu", empty=empty)
+    actual = solve(problem, backend, empty=empty)
     rounded = solve(problem, "reference", empty=empty)
     assert actual.out.dtype == problem.query.dtype and actual.lse.dtype == torch.float32
     for name, got, also, wanted in zip(Results._fields, actual, rounded, expected, strict=True):

@@ -1,0 +1,80 @@
+"""Which kernels the public operators launch for calls of the published shapes, found out without a GPU.
+
+The operators run on tensors of the CPU, and what would be launched is written down instead. Nothing is computed:
+results are uninitialised memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import sca_kernels
+from sca_kernels import backends
+from sca_kernels.triton import launch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, and what it was given.
+
+    Attributes:
+        kernel: the function decorated with ``triton.jit``.
+        grid: number of programs along each axis.
+        arguments: by name: tensors, numbers, None, and the values of constants.
+        constants: the names of those that are constants in compiled code.
+        options: ``num_warps`` and ``num_stages``.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    constants: frozenset[str]
+    options: Mapping[str, int]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside, the backend "triton" serves calls on the CPU, and its launches are appended to the list."""
+    launches: list[Launch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+        rest = {name: value for name, value in options.items() if name not in constants}
+        launches.append(Launch(kernel, grid, {**named, **constants}, frozenset(constants), rest))
+
+    run, backend = launch._run, backends.BACKENDS["triton"]
+    launch._run = record
+    backends.BACKENDS["triton"] = dataclasses.replace(backend, devices=frozenset({"cpu"}), why_not=lambda: None)
+    try:
+        yield launches
+    finally:
+        launch._run = run
+        backends.BACKENDS["triton"] = backend
+
+
+def launches_of(prepare: Callable[[], Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]]) -> list[Launch]:
+    """What a call launches, forward and then backward from all of its results that have gradients.
+
+    Args:
+        prepare: returns the call; what that launches is not counted.
+    """
+    call = prepare()
+    with recording() as found:
+        with sca_kernels.backend("triton"):
+            results = call()
+        outputs = [results] if isinstance(results, torch.Tensor) else list(results)
+        outputs = [output for output in outputs if output.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    return found
