@@ -1,9 +1,9 @@
 """Which backends exist, which one serves a call, and how to force one.
 
 A backend is a set of implementations of the operators. ``reference`` is plain PyTorch and runs everywhere; ``cpu`` is
-the compiled C++ library; ``triton`` are kernels for GPUs. The default for a call is looked up by operator and device;
-``with backend("reference"):`` or the environment variable ``SCA_BACKEND`` force one, and a forced backend that cannot
-serve a call is an error.
+the compiled C++ library; ``triton`` and ``cuda`` are kernels for GPUs. The default for a call is looked up by operator
+and device; ``with backend("reference"):`` or the environment variable ``SCA_BACKEND`` force one, and a forced backend
+that cannot serve a call is an error.
 """
 
 from __future__ import annotations
@@ -62,6 +62,12 @@ def _native_why_not() -> str | None:
     return cpu.why_not()
 
 
+def _cuda_why_not() -> str | None:
+    from . import cuda
+
+    return cuda.why_not()
+
+
 BACKENDS = {
     "reference": Backend(
         name="reference",
@@ -87,10 +93,19 @@ BACKENDS = {
         why_not=triton.why_not,
         dtypes=_FLOATS - {torch.float64},
     ),
+    "cuda": Backend(
+        name="cuda",
+        summary="compiled CUDA C++ kernels for NVIDIA GPUs; never run on a GPU yet",
+        devices=frozenset({"cuda"}),
+        operators=frozenset({"instance_modulate"}),
+        why_not=_cuda_why_not,
+        dtypes=_FLOATS - {torch.float64},
+    ),
 }
 
 # The default for an operator on a type of device: the first that can serve the call. Everything else gets "reference".
-# On a GPU that choice is not a measured one: nothing of "triton" has run on one yet. But the reference is dense.
+# On a GPU that choice is not a measured one: nothing of "triton" has run on one yet. But the reference is dense. "cuda"
+# serves no call unless it is forced: it has not run on a GPU either.
 _PREFERENCES: dict[tuple[str, str], tuple[str, ...]] = {
     ("label_plan", "cpu"): ("cpu",),
     ("semantic_cross_attention", "cpu"): ("cpu",),
