@@ -59,7 +59,7 @@ def kernels() -> Iterator[Kernel]:
         for found in _KERNEL.finditer(log.read_text()):
             shared = re.search(r"(\d+) bytes smem", found["rest"])
             yield Kernel(
-                operator=log.name.partition(".")[0],
+                operator=log.name.partition(".")[0].removesuffix("_backward"),
                 name=_readable(found["name"]),
                 architecture=found["architecture"],
                 registers=int(found["registers"]),

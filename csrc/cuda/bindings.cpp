@@ -29,6 +29,12 @@ struct Library {
   }
 };
 
+using SemanticPool = Operator<Library, sca_semantic_pool, sca_semantic_pool_gradients, sca_cuda_semantic_pool_workspace,
+                              sca_cuda_semantic_pool_backward_workspace, sca_cuda_semantic_pool_forward,
+                              sca_cuda_semantic_pool_backward>;
+using SemanticModulate = Operator<Library, sca_semantic_modulate, sca_semantic_modulate_gradients,
+                                  sca_cuda_semantic_modulate_workspace, sca_cuda_semantic_modulate_backward_workspace,
+                                  sca_cuda_semantic_modulate_forward, sca_cuda_semantic_modulate_backward>;
 using InstanceModulate = Operator<Library, sca_instance_modulate, sca_instance_modulate_gradients,
                                   sca_cuda_instance_modulate_workspace, sca_cuda_instance_modulate_backward_workspace,
                                   sca_cuda_instance_modulate_forward, sca_cuda_instance_modulate_backward>;
@@ -36,6 +42,8 @@ using InstanceModulate = Operator<Library, sca_instance_modulate, sca_instance_m
 }  // namespace
 
 PYBIND11_MODULE(SCA_MODULE, module) {
+  SemanticPool::bind<>(module, "SemanticPool");
+  SemanticModulate::bind<double, double>(module, "SemanticModulate");
   InstanceModulate::bind<double, double>(module, "InstanceModulate");
 #ifdef SCA_CUDA_EMULATION
   module.def("emulate", [](int threads, bool backwards) { sca::cuda::emulation() = {threads, backwards}; });

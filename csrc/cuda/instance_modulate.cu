@@ -14,11 +14,6 @@ namespace {
 // x - mean, times the normalised x, alone, and times the noise.
 enum Kind { kNormalized, kCentred, kGamma, kBeta, kStrength, kKinds };
 
-struct Sum {
-  double value;
-  SCA_DEVICE void merge(const Sum& other) { value += other.value; }
-};
-
 // The formula for packs of elements.
 template <typename Scalar, int kWidth>
 struct Formula {
@@ -126,7 +121,7 @@ template <typename Scalar, int kWidth>
 struct BackwardSums {
   Formula<Scalar, kWidth> formula;
   int64_t rows;
-  Sum* partial;
+  Sum<double>* partial;
   struct Shared {
     float sums[kKinds][kWidth][kThreads];
   };
@@ -191,7 +186,7 @@ struct FinishSums {
   double* sums;
   int64_t rows;
 
-  SCA_DEVICE void operator()(int64_t index, const Sum& sum) const {
+  SCA_DEVICE void operator()(int64_t index, const Sum<double>& sum) const {
     sums[index] = sum.value;
     const int64_t row = index % rows;
     switch (index / rows) {
@@ -317,10 +312,10 @@ const char* backward(const sca_instance_modulate& call, const sca_instance_modul
   const Formula<Scalar, kWidth> formula(call);
   const int64_t rows = call.batch * call.channels, chunks = formula.tiling.chunks;
   auto* sums = arena.take<double>(kKinds * rows);
-  auto* partial = arena.take<Sum>(kKinds * rows * chunks);
+  auto* partial = arena.take<Sum<double>>(kKinds * rows * chunks);
   const BackwardSums<Scalar, kWidth> summing = {formula, rows, partial};
   if (const char* error = launch(summing, formula.tiling.items, call.threads, stream)) return error;
-  const MergeRows<Sum, FinishSums> merge(partial, kKinds * rows, chunks, {gradients, call.rstd, sums, rows});
+  const MergeRows<Sum<double>, FinishSums> merge(partial, kKinds * rows, chunks, {gradients, call.rstd, sums, rows});
   if (const char* error = launch(merge, merge.items(), call.threads, stream)) return error;
   if (!gradients.grad_x.data && !gradients.grad_gamma.data && !gradients.grad_beta.data) return nullptr;
   const BackwardMaps<Scalar, kWidth> maps = {formula, gradients, rows, sums};
@@ -350,7 +345,7 @@ const char* sca_cuda_instance_modulate_forward(const sca_instance_modulate* call
 int64_t sca_cuda_instance_modulate_backward_workspace(const sca_instance_modulate* call) {
   Arena arena(nullptr);
   arena.take<double>(kKinds * call->batch * call->channels);
-  arena.take<Sum>(kKinds * call->batch * call->channels * most_chunks(*call));
+  arena.take<Sum<double>>(kKinds * call->batch * call->channels * most_chunks(*call));
   return arena.used();
 }
 

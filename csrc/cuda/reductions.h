@@ -20,6 +20,12 @@ struct Moments {
   }
 };
 
+template <typename T>
+struct Sum {
+  T value;
+  SCA_DEVICE void merge(const Sum& other) { value += other.value; }
+};
+
 // Partial moments of each channel: partial[row * chunks + chunk], where a row is a channel of an image.
 template <typename Scalar, int kWidth>
 struct ChannelMoments {
