@@ -97,7 +97,7 @@ BACKENDS = {
         name="cuda",
         summary="compiled CUDA C++ kernels for NVIDIA GPUs; never run on a GPU yet",
         devices=frozenset({"cuda"}),
-        operators=frozenset({"semantic_pool", "semantic_modulate", "instance_modulate"}),
+        operators=frozenset({"semantic_cross_attention", "semantic_pool", "semantic_modulate", "instance_modulate"}),
         why_not=_cuda_why_not,
         dtypes=_FLOATS - {torch.float64},
     ),

@@ -29,6 +29,10 @@ struct Library {
   }
 };
 
+using SemanticCrossAttention =
+    Operator<Library, sca_semantic_cross_attention, sca_semantic_cross_attention_gradients,
+             sca_cuda_semantic_cross_attention_workspace, sca_cuda_semantic_cross_attention_backward_workspace,
+             sca_cuda_semantic_cross_attention_forward, sca_cuda_semantic_cross_attention_backward>;
 using SemanticPool = Operator<Library, sca_semantic_pool, sca_semantic_pool_gradients, sca_cuda_semantic_pool_workspace,
                               sca_cuda_semantic_pool_backward_workspace, sca_cuda_semantic_pool_forward,
                               sca_cuda_semantic_pool_backward>;
@@ -42,6 +46,7 @@ using InstanceModulate = Operator<Library, sca_instance_modulate, sca_instance_m
 }  // namespace
 
 PYBIND11_MODULE(SCA_MODULE, module) {
+  SemanticCrossAttention::bind<double>(module, "SemanticCrossAttention");
   SemanticPool::bind<>(module, "SemanticPool");
   SemanticModulate::bind<double, double>(module, "SemanticModulate");
   InstanceModulate::bind<double, double>(module, "InstanceModulate");

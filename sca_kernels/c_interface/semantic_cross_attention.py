@@ -75,7 +75,7 @@ def semantic_cross_attention_backward(
         library, query, key, value, empty_value, out, lse, query_offsets, query_order, key_offsets, key_order,
         max_query_latents, max_key_latents, scale, empty,
     )  # fmt: skip
-    workspace = torch.empty(call.workspace_size(), dtype=torch.uint8, device=query.device)
+    workspace = torch.empty(call.backward_workspace_size(), dtype=torch.uint8, device=query.device)
     if grad_out is None:
         grad_out = query.new_zeros(()).expand(*query.shape[:3], value.shape[3])
     if grad_lse is not None:
