@@ -11,7 +11,7 @@ export SCA_REQUIRE_NATIVE ?= 1
 export SCA_CUDA ?= $(if $(wildcard /dev/nvidia0),,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format compile-gpu bench sanitize native clean
+.PHONY: help demo test lint format compile-gpu gpu gpu-build gpu-test gpu-bench bench sanitize native clean
 
 help: ## list these targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,20 @@ compile-gpu: $(VENV)/.installed ## compile the kernels for GPUs, which need not 
 	SCA_CUDA=$(if $(shell command -v nvcc),1,0) $(RUN) setup.py -q build_ext --inplace
 	$(RUN) -m pytest tests/test_triton_compiled.py tests/test_cuda_compiled.py -q
 
+# On a machine with a GPU. Nothing is installed or downloaded: $(PYTHON) must have PyTorch, Triton and pytest.
+GPU_TESTS = $(wildcard tests/test_triton_*.py tests/test_cuda_*.py) tests/test_gpu.py
+gpu: gpu-test gpu-bench ## on a CUDA machine, with $(PYTHON) as it is: the kernels' tests, then their figures
+
+gpu-build:
+	$(PYTHON) setup.py -q build_ext --inplace
+
+gpu-test: gpu-build
+	$(PYTHON) -m pytest $(GPU_TESTS) -q -m "(triton or cuda or gpu) and not compiles_gpu"
+
+gpu-bench: gpu-build
+	$(PYTHON) -m bench.gpu.run
+	$(PYTHON) -m bench.gpu.validation
+
 bench: native ## the benchmarks at full size
 	$(RUN) -m pytest bench/ --benchmark
 
@@ -57,7 +71,7 @@ sanitize: $(VENV)/.installed ## run the kernels' tests under AddressSanitizer an
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 \
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	$(RUN) -m pytest $(SANITIZER_TESTS) -q --capture=sys -p no:faulthandler -p no:cacheprovider \
-		-m "not slow_under_sanitizer and not compiled and not subprocess"
+		-m "not slow_under_sanitizer and not compiled and not subprocess and not compiles_gpu"
 
 # Does nothing when csrc/ is as it was.
 native: $(VENV)/.installed

@@ -89,7 +89,9 @@ BACKENDS = {
         name="triton",
         summary="kernels in Triton for GPUs; never run on a GPU yet",
         devices=triton.DEVICES,
-        operators=frozenset({"label_plan", "instance_modulate", "semantic_cross_attention"}),
+        operators=frozenset(
+            {"label_plan", "semantic_cross_attention", "semantic_pool", "semantic_modulate", "instance_modulate"}
+        ),
         why_not=triton.why_not,
         dtypes=_FLOATS - {torch.float64},
     ),
@@ -104,19 +106,13 @@ BACKENDS = {
 }
 
 # The default for an operator on a type of device: the first that can serve the call. Everything else gets "reference".
-# On a GPU that choice is not a measured one: nothing of "triton" has run on one yet. But the reference is dense. "cuda"
-# serves no call unless it is forced: it has not run on a GPU either.
+# Nothing of "triton" and "cuda" has run on a GPU yet, so they are no default for anything until they have.
 _PREFERENCES: dict[tuple[str, str], tuple[str, ...]] = {
     ("label_plan", "cpu"): ("cpu",),
     ("semantic_cross_attention", "cpu"): ("cpu",),
     ("semantic_pool", "cpu"): ("cpu",),
     ("semantic_modulate", "cpu"): ("cpu",),
     ("instance_modulate", "cpu"): ("cpu",),
-    ("label_plan", "cuda"): ("triton",),
-    ("semantic_cross_attention", "cuda"): ("triton",),
-    ("semantic_pool", "cuda"): ("triton",),
-    ("semantic_modulate", "cuda"): ("triton",),
-    ("instance_modulate", "cuda"): ("triton",),
 }
 
 _ENVIRONMENT_CHOICE = os.environ.get("SCA_BACKEND", "")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+from devices import device_of, on_device
 from tokens import TOLERANCE, error_ratio, label_map, mostly, random_map
 from torch import Tensor
 
@@ -24,6 +25,26 @@ MODULATE_OPTIONS = (
     ("empty_scale", "empty_shift"), ("mean", "rstd"), ("noise_strength",),
 )  # fmt: skip
 ALL_OPTIONS = tuple(name for group in MODULATE_OPTIONS for name in group)
+
+# Settings of semantic_modulate with every optional argument alone, with none and with all of them.
+MODULATE_VARIANTS: dict[str, dict[str, Any]] = {
+    "nothing": {"options": ()},
+    **{" and ".join(group): {"options": group} for group in MODULATE_OPTIONS[:-1]},
+    "noise per pixel": {"options": (), "noise": "per_pixel"},
+    "noise per element": {"options": (), "noise": "per_element"},
+    "noise per pixel with strength": {"options": ("noise_strength",), "noise": "per_pixel"},
+    "noise per element with strength": {"options": ("noise_strength",), "noise": "per_element"},
+    "everything": {"options": ALL_OPTIONS[:-1]},
+    "everything and noise per pixel": {"options": ALL_OPTIONS, "noise": "per_pixel"},
+    "everything and noise per element": {"options": ALL_OPTIONS, "noise": "per_element"},
+    "everything but statistics": {"options": (*ALL_OPTIONS[:7], "noise_strength"), "noise": "per_pixel"},
+}
+MODULATE_RULES: dict[str, dict[str, Any]] = {
+    "uniform": {"empty": "uniform", "add_one": True, "negative_slope": 0.2},
+    "zero, not activated": {"empty": "zero", "add_one": True, "negative_slope": 1.0},
+    "uniform, without one": {"empty": "uniform", "add_one": False, "negative_slope": 0.0},
+    "zero, another eps": {"empty": "zero", "add_one": False, "negative_slope": -0.5, "eps": 0.25},
+}
 
 # Five labels with unequal numbers of latents, one of which has none; one label has no pixels, some pixels no label.
 LAYOUT = LatentLayout((3, 1, 0, 2, 5))
@@ -59,6 +80,15 @@ class Problem:
 
     def changed(self, **changes: Any) -> Problem:
         return dataclasses.replace(self, **changes)
+
+    def on(self, device: torch.device) -> Problem:
+        return self.changed(
+            tensors=on_device(dict(self.tensors), device),
+            layout=on_device(self.layout, device),
+            labels=on_device(self.labels, device),
+            settings=on_device(dict(self.settings), device),
+            gradients=on_device(dict(self.gradients), device),
+        )
 
     def with_tensors(self, **tensors: Tensor) -> Problem:
         return self.changed(tensors={**self.tensors, **tensors})
@@ -182,6 +212,11 @@ def full_problem(operator: str, **arguments: Any) -> Problem:
     return BUILDERS[operator](**{"channels": 8, **EVERYTHING[operator], **arguments})
 
 
+def few_pixels_eps(height: int, width: int) -> float:
+    """Of one pixel or two, the statistics leave little more of x than rounding, times 1 / sqrt(eps)."""
+    return 1.0 if height * width <= 2 else 1e-5
+
+
 def apply(problem: Problem, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The results of the call with these tensors in place of the problem's own."""
     arguments = {**tensors, **problem.settings, "layout": problem.layout, "labels": problem.labels}
@@ -197,6 +232,7 @@ def solve(problem: Problem, backend: str, wanted: Collection[str] | None = None)
 
     It is forced: a test never compares the reference with itself.
     """
+    problem = problem.on(device_of(backend))
     tensors = {
         name: tensor.detach().requires_grad_(wanted is None or name in wanted)
         for name, tensor in problem.tensors.items()
@@ -216,7 +252,9 @@ def solve(problem: Problem, backend: str, wanted: Collection[str] | None = None)
         found = torch.autograd.grad(outputs, inputs, incoming, allow_unused=True, materialize_grads=True)
     gradients = dict(zip(asked_for, found, strict=True))
     solution: dict[str, Tensor | None] = {name: result.detach() for name, result in results.items()}
-    return {**solution, **{f"grad_{name}": gradients.get(name) for name in tensors}}
+    solution.update((f"grad_{name}", gradients.get(name)) for name in tensors)
+    here: dict[str, Tensor | None] = on_device(solution, torch.device("cpu"))
+    return here
 
 
 def leaves(problem: Problem) -> dict[str, Tensor]:
@@ -301,9 +339,11 @@ def assert_accurate(problem: Problem, actual: Values, expected: Values, *, ill_c
         assert ratio <= limit, f"{name}: error {ratio:.2e}, expected at most {limit:.2e}"
 
 
-def assert_matches_reference(problem: Problem, tolerance: float | None = None) -> dict[str, Tensor | None]:
-    """The compiled kernels agree with the reference in float64 on results and gradients; returns their results."""
-    actual, expected = solve(problem, "cpu"), expect(problem)
+def assert_matches_reference(
+    problem: Problem, tolerance: float | None = None, backend: str = "cpu"
+) -> dict[str, Tensor | None]:
+    """The kernels agree with the reference in float64 on results and gradients; returns their results."""
+    actual, expected = solve(problem, backend), expect(problem)
     if tolerance is None:
         assert_accurate(problem, actual, expected)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,8 @@ def repair() -> None:
     ``range(number)`` fails with NumPy 2.4 and later, which converts no array of one element to a number any more
     (github.com/triton-lang/triton/issues/9171). Conversion to bfloat16 cuts numbers off instead of rounding them, and
     a product of bfloat16 multiplies their bits as integers. And each call of a device function patches the whole
-    language again, which takes most of the time: once in a launch is enough.
+    language again, which takes most of the time: once in a launch is enough. The precision ``bf16x3`` is not known; all
+    are computed as float32 here.
     """
     patch, convert, dot = (
         interpreter._patch_lang_tensor,
@@ -45,6 +47,10 @@ def repair() -> None:
             )
         return dot(self, a, b, total, input_precision, imprecise)
 
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(
+        builder.options, allowed_dot_input_precisions=(*builder.options.allowed_dot_input_precisions, "bf16x3")
+    )
     launch, patched = interpreter.GridExecutor.__call__, set()
 
     def launch_anew(self: Any, *arguments: Any, **options: Any) -> None:

@@ -60,6 +60,19 @@ def broken_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_defaults", {})
 
 
+@pytest.mark.skipif(triton.INTERPRETED or triton._reason is not None, reason="Triton itself decides")
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 5), "capability 8.0 or more, and this one has 7.5"), ((8, 0), None)]
+)
+def test_triton_needs_a_gpu_that_it_supports(
+    capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    found = triton.why_not()
+    assert found is None if reason is None else reason in str(found)
+
+
 @pytest.mark.skipif(bool(os.environ.get("SCA_BACKEND")), reason="SCA_BACKEND forces a backend on the whole process")
 class TestDefault:
     @pytest.mark.usefixtures("native")
@@ -73,8 +86,6 @@ class TestDefault:
 
     @pytest.mark.parametrize("device", ["meta", "cuda", "mps"])
     def test_reference_elsewhere(self, device: str) -> None:
-        if device in triton.DEVICES and triton.why_not() is None:
-            pytest.skip("this process has kernels for it")
         assert resolve(torch.device(device)) == "reference"
 
     def test_reference_for_an_operator_without_a_preference(self) -> None:

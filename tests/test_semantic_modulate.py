@@ -14,7 +14,8 @@ from folded import (
     EDGES,
     EXPANSIONS,
     MEMORY,
-    MODULATE_OPTIONS,
+    MODULATE_RULES,
+    MODULATE_VARIANTS,
     Problem,
     Values,
     apply,
@@ -26,6 +27,7 @@ from folded import (
     away_from_kink,
     expanded,
     expect,
+    few_pixels_eps,
     modulate_problem,
     solve,
 )
@@ -35,51 +37,29 @@ from torch import Tensor
 import sca_kernels
 from sca_kernels import LatentLayout, semantic_modulate
 
-WITHOUT_NOISE = ALL_OPTIONS[:-1]
-
 any_memory = pytest.mark.parametrize("memory", MEMORY)
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "nothing": {"options": ()},
-    **{" and ".join(group): {"options": group} for group in MODULATE_OPTIONS[:-1]},
-    "noise per pixel": {"options": (), "noise": "per_pixel"},
-    "noise per element": {"options": (), "noise": "per_element"},
-    "noise per pixel with strength": {"options": ("noise_strength",), "noise": "per_pixel"},
-    "noise per element with strength": {"options": ("noise_strength",), "noise": "per_element"},
-    "everything": {"options": WITHOUT_NOISE},
-    "everything and noise per pixel": {"options": ALL_OPTIONS, "noise": "per_pixel"},
-    "everything and noise per element": {"options": ALL_OPTIONS, "noise": "per_element"},
-    "everything but statistics": {"options": (*ALL_OPTIONS[:7], "noise_strength"), "noise": "per_pixel"},
-}
-RULES: dict[str, dict[str, Any]] = {
-    "uniform": {"empty": "uniform", "add_one": True, "negative_slope": 0.2},
-    "zero, not activated": {"empty": "zero", "add_one": True, "negative_slope": 1.0},
-    "uniform, without one": {"empty": "uniform", "add_one": False, "negative_slope": 0.0},
-    "zero, another eps": {"empty": "zero", "add_one": False, "negative_slope": -0.5, "eps": 0.25},
-}
 
 
 @functools.cache
 def variant_and_expected(variant: str, rule: str) -> tuple[Problem, Values]:
-    problem = modulate_problem(channels=5, dtype=torch.float64, **VARIANTS[variant], **RULES[rule])
+    problem = modulate_problem(channels=5, dtype=torch.float64, **MODULATE_VARIANTS[variant], **MODULATE_RULES[rule])
     problem = away_from_kink(problem)
     return problem, expect(problem)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("variant", MODULATE_VARIANTS)
+@pytest.mark.parametrize("rule", MODULATE_RULES)
 def test_variants(capability, variant, rule):
     """In float64, where nothing is small enough to go unnoticed; half of them in each of the two orders of memory."""
     problem, expected = variant_and_expected(variant, rule)
-    memory = list(MEMORY)[(list(VARIANTS).index(variant) + list(RULES).index(rule)) % 2]
+    memory = list(MEMORY)[(list(MODULATE_VARIANTS).index(variant) + list(MODULATE_RULES).index(rule)) % 2]
     assert_close(solve(arranged(problem, memory), "cpu"), expected, TOLERANCE[torch.float64])
 
 
 @functools.cache
 def problem_and_expected(heads: int, channels: int, dtype: torch.dtype) -> tuple[Problem, Values]:
-    variant = list(VARIANTS.values())[channels % 4 - 4]
-    rule = list(RULES.values())[channels % 3]
+    variant = list(MODULATE_VARIANTS.values())[channels % 4 - 4]
+    rule = list(MODULATE_RULES.values())[channels % 3]
     problem = away_from_kink(modulate_problem(heads=heads, channels=channels, dtype=dtype, **variant, **rule))
     return problem, expect(problem)
 
@@ -95,14 +75,9 @@ def test_matches_reference(capability, dtype, channels, heads, memory):
     assert_accurate(problem, solve(problem, "cpu"), expected)
 
 
-def few_pixels_eps(height: int, width: int) -> float:
-    """Of one pixel or two, the statistics leave little more of x than rounding, times 1 / sqrt(eps)."""
-    return 1.0 if height * width <= 2 else 1e-5
-
-
 @functools.cache
 def size_and_expected(height: int, width: int, channels: int) -> tuple[Problem, Values]:
-    variant = VARIANTS["everything but statistics"]
+    variant = MODULATE_VARIANTS["everything but statistics"]
     problem = modulate_problem(
         random_map(2, height, width, 3),
         LatentLayout((2, 5, 0)),
@@ -164,7 +139,9 @@ def test_gradient_of_one_input(native, wanted, noise):
 def test_gradcheck(capability, statistics):
     """The gradients against differences of the result of the same kernels."""
     labels, layout = label_map([[0, 0, 1], [2, -1, 0]], 4), LatentLayout((2, 0, 1, 1))
-    variant = VARIANTS["everything and noise per element" if statistics == "given" else "everything but statistics"]
+    variant = MODULATE_VARIANTS[
+        "everything and noise per element" if statistics == "given" else "everything but statistics"
+    ]
     problem = modulate_problem(labels, layout, batch=1, channels=2, dtype=torch.float64, **variant)
     if statistics == "computed":
         problem = problem.without_tensors("empty_scale", "empty_shift")
@@ -361,7 +338,7 @@ def test_nothing_of_a_kind(native, sizes, variant):
     batch, heads, channels = sizes
     labels = random_map(1, 3, 4, 2)
     problem = modulate_problem(
-        labels, LatentLayout((2, 1)), batch=batch, heads=heads, channels=channels, **VARIANTS[variant]
+        labels, LatentLayout((2, 1)), batch=batch, heads=heads, channels=channels, **MODULATE_VARIANTS[variant]
     )
     assert_matches_reference(away_from_kink(problem))
 

@@ -13,7 +13,7 @@ from bench.gpu import calls
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from bench.gpu.compiling import TARGETS, compile_for, distinct
+from bench.gpu.compiling import TARGETS, begin_to_compile
 from bench.gpu.launches import Launch, launches_of
 from sca_kernels import triton
 
@@ -29,7 +29,7 @@ CALLS = {str(call): call for call in calls.all_calls()}
 def launches(call: str) -> list[Launch]:
     found = launches_of(CALLS[call].prepare)
     assert found, "the call launches no kernel"
-    return distinct(found)
+    return found
 
 
 def cases() -> list[tuple[str, str]]:
@@ -42,10 +42,18 @@ def cases() -> list[tuple[str, str]]:
     ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def begin_with_all(request: pytest.FixtureRequest) -> None:
+    """While a test looks at one kernel, the next ones are compiled already."""
+    for item in request.session.items:
+        if item.path == request.path and isinstance(item, pytest.Function):
+            for launch in launches(item.callspec.params["call"]):
+                begin_to_compile(launch, TARGETS[item.callspec.params["target"]])
+
+
 @pytest.mark.parametrize(("call", "target"), cases())
 def test_compiles_and_fits(call: str, target: str) -> None:
-    for launch in launches(call):
-        compiled = compile_for(launch, TARGETS[target])
+    for compiled in dict.fromkeys(begin_to_compile(launch, TARGETS[target]).result() for launch in launches(call)):
         assert compiled.spills == 0, compiled
         assert compiled.shared_memory <= TARGETS[target].shared_memory, compiled
         assert compiled.tensor_cores > 0 or not compiled.has_products, compiled

@@ -66,6 +66,23 @@ def test_gradients_where_differences_are_small_in_16_bits(combination):
     assert_at_least_as_accurate(problem, solve(problem.to(torch.float64), "reference"), backend="triton")
 
 
+def test_small_weights_under_a_large_gradient_in_float16():
+    """As scaling a loss makes them: no weight may vanish in the small range of float16."""
+    tokens = label_map([[0, 0, 1], [1, 1, 0]], 2), LatentLayout((2, 2))
+    problem = make_problem(*tokens, batch=1, heads=1, key_width=4)
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None]
+    problem = problem.changed(
+        query=torch.ones_like(problem.query),
+        key=torch.full_like(problem.key, 3.5) * sign,
+        grad_out=1000 * problem.grad_out,
+        grad_lse=None,
+    ).to(torch.float16)
+    expected = solve(problem.to(torch.float64), "reference").grad_value[..., 1::2, :]
+    assert expected.abs().max() < 1e-2
+    error = solve(problem, "triton").grad_value[..., 1::2, :] - expected
+    assert error.norm() < 1e-3 * expected.norm()
+
+
 @pytest.mark.usefixtures("small_tiles")
 @combination
 def test_several_blocks_of_everything(combination):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sca_kernels import LabelMap, LatentLayout, instance_modulate, semantic_cross_attention
+from sca_kernels import (
+    LabelMap,
+    LatentLayout,
+    instance_modulate,
+    semantic_cross_attention,
+    semantic_modulate,
+    semantic_pool,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -44,11 +51,44 @@ class Call:
         return f"{self.operator}-{self.name}-{str(self.dtype).removeprefix('torch.')}"
 
 
-def all_calls() -> Iterator[Call]:
-    """Every kernel is launched by one of them, in each configuration that is shipped."""
-    for dtype in DTYPES:
-        yield from instance_modulate_calls(dtype)
-        yield from semantic_cross_attention_calls(dtype)
+def step_of(run: Callable[[], Results], gradients: list[Tensor] | None = None) -> Callable[[], list[Tensor]]:
+    """A function that computes a call's results and the gradients of its arguments.
+
+    Args:
+        run: the call, a ``functools.partial`` if any of its results has a gradient.
+        gradients: those that backward starts from. Default: random ones, the same at each call.
+    """
+    start = [] if gradients is None else gradients
+
+    def step() -> list[Tensor]:
+        results = run()
+        outputs = [results] if isinstance(results, Tensor) else list(results)
+        flowing = [output for output in outputs if output.requires_grad]
+        if not flowing:
+            return outputs
+        if not start:
+            start.extend(torch.randn_like(output) for output in flowing)
+        return [*(output.detach() for output in outputs), *torch.autograd.grad(flowing, leaves_of(run), start)]
+
+    return step
+
+
+def leaves_of(run: Any) -> list[Tensor]:
+    """The arguments of a ``functools.partial`` that take gradients."""
+    return [value for value in (*run.args, *run.keywords.values()) if isinstance(value, Tensor) and value.requires_grad]
+
+
+def all_calls(dtypes: Sequence[torch.dtype] = DTYPES, *, shrink: int = 1) -> Iterator[Call]:
+    """Every kernel is launched by one of them, in each configuration that is shipped.
+
+    Args:
+        dtypes: of the feature maps and tokens.
+        shrink: the sides of all maps are divided by it.
+    """
+    for dtype in dtypes:
+        yield from instance_modulate_calls(dtype, shrink)
+        yield from semantic_cross_attention_calls(dtype, shrink)
+        yield from folded_calls(dtype, shrink)
 
 
 def label_map(height: int, width: int, num_labels: int) -> LabelMap:
@@ -58,8 +98,8 @@ def label_map(height: int, width: int, num_labels: int) -> LabelMap:
     return LabelMap.from_labels((squares * 7 % num_labels)[None], num_labels, validate=False).at(height, width)
 
 
-def instance_modulate_calls(dtype: torch.dtype) -> Iterator[Call]:
-    shape = (1, 64, 256, 256)
+def instance_modulate_calls(dtype: torch.dtype, shrink: int) -> Iterator[Call]:
+    shape = (1, 64, 256 // shrink, 256 // shrink)
 
     def prepare(memory: torch.memory_format, by_pixel: bool) -> Callable[[], Results]:
         def feature_map() -> Tensor:
@@ -88,10 +128,11 @@ def instance_modulate_calls(dtype: torch.dtype) -> Iterator[Call]:
         yield Call("instance_modulate", f"by channel, {order}", dtype, by_channel)
 
 
-def semantic_cross_attention_calls(dtype: torch.dtype) -> Iterator[Call]:
+def semantic_cross_attention_calls(dtype: torch.dtype, shrink: int) -> Iterator[Call]:
     labels = 19
 
     def prepare(query: str, key: str, latents: int, size: int, width: int) -> Callable[[], Results]:
+        size //= shrink
         layout = LatentLayout.uniform(labels, latents)
         pixels = label_map(size, size, labels)
         sides = {"pixels": (pixels, size * size), "latents": (layout, layout.count)}
@@ -109,3 +150,52 @@ def semantic_cross_attention_calls(dtype: torch.dtype) -> Iterator[Call]:
         call = functools.partial(prepare, query, key, latents, size, width)
         name = f"{query} to {key}, {latents} latents, width {width}"
         yield Call("semantic_cross_attention", name, dtype, call, headline=size == 256)
+
+
+def folded_calls(dtype: torch.dtype, shrink: int) -> Iterator[Call]:
+    """semantic_pool and semantic_modulate."""
+    labels = 19
+
+    def prepare(
+        operator: str, channels: int, size: int, heads: int, latents: int, memory: torch.memory_format
+    ) -> Callable[[], Results]:
+        size //= shrink
+        layout = LatentLayout.uniform(labels, latents)
+
+        def rows(*width: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(1, heads, layout.count, *width) * scale).requires_grad_()
+
+        named: dict[str, Any] = {
+            "x": torch.randn(1, channels, size, size, dtype=dtype).to(memory_format=memory).requires_grad_(),
+            "layout": layout,
+            "labels": label_map(size, size, labels),
+            "row_bias": rows(size),
+            "col_bias": rows(size),
+        }
+        if operator == "semantic_pool":
+            return functools.partial(semantic_pool, queries=rows(channels, scale=channels**-0.5), **named)
+        return functools.partial(
+            semantic_modulate,
+            keys=rows(channels, scale=channels**-0.5),
+            scale=rows(channels),
+            shift=rows(channels),
+            key_bias=rows(),
+            scale_bias=torch.randn(channels, requires_grad=True),
+            shift_bias=torch.randn(channels, requires_grad=True),
+            noise=torch.randn(1, 1, size, size),
+            noise_strength=torch.randn(channels, requires_grad=True),
+            **named,
+        )
+
+    for operator in ("semantic_pool", "semantic_modulate"):
+        for channels, size, heads, latents, order in (
+            (64, 256, 1, 8, "channels first"),
+            (64, 256, 1, 8, "channels last"),
+            (128, 128, 1, 8, "channels first"),
+            (512, 32, 1, 8, "channels first"),
+            (64, 64, 4, 32, "channels first"),
+            (64, 64, 8, 32, "channels first"),
+        ):
+            call = functools.partial(prepare, operator, channels, size, heads, latents, MEMORY[order])
+            name = f"{channels} channels, {size} x {size}, {heads} heads of {latents} latents, {order}"
+            yield Call(operator, name, dtype, call, headline=size >= 128)

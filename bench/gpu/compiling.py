@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,22 @@ def compile_for(launch: Launch, target: Target) -> Compiled:
     )
 
 
-def distinct(launches: Iterable[Launch]) -> list[Launch]:
-    """One launch of each kernel that is compiled anew."""
-    found = {}
-    for launch in launches:
-        key = (launch.name, str(_specialize(launch)), str(sorted(launch.options.items())))
-        found.setdefault(key, launch)
-    return list(found.values())
+@functools.cache
+def _compilers() -> ThreadPoolExecutor:
+    """Threads suffice, since Triton lets go of the interpreter's lock while it compiles."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+
+
+_begun: dict[str, Future[Compiled]] = {}
+
+
+def begin_to_compile(launch: Launch, target: Target) -> Future[Compiled]:
+    """Compiles beside other kernels; once for launches that differ in nothing but what is a multiple of 16."""
+    signature, constants, _ = _specialize(launch)
+    key = str((launch.name, target.name, signature, constants, sorted(launch.options.items())))
+    if key not in _begun:
+        _begun[key] = _compilers().submit(compile_for, launch, target)
+    return _begun[key]
 
 
 def _specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:

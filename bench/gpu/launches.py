@@ -18,6 +18,8 @@ import sca_kernels
 from sca_kernels import backends
 from sca_kernels.triton import launch
 
+from .calls import Results, step_of
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -26,7 +28,8 @@ class Launch:
     Attributes:
         kernel: the function decorated with ``triton.jit``.
         grid: number of programs along each axis.
-        arguments: by name: tensors, numbers, None, and the values of constants.
+        arguments: by name: tensors (of PyTorch's device "meta", which hold no memory), numbers, None, and the values of
+            constants.
         constants: the names of those that are constants in compiled code.
         options: ``num_warps`` and ``num_stages``.
     """
@@ -42,13 +45,19 @@ class Launch:
         return str(self.kernel.__name__)
 
 
+def _without_memory(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Inside, the backend "triton" serves calls on the CPU, and its launches are appended to the list."""
     launches: list[Launch] = []
 
     def record(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        named = dict(zip(kernel.arg_names, map(_without_memory, arguments), strict=False))
         constants = {name: value for name, value in options.items() if name in kernel.arg_names}
         rest = {name: value for name, value in options.items() if name not in constants}
         launches.append(Launch(kernel, grid, {**named, **constants}, frozenset(constants), rest))
@@ -63,18 +72,13 @@ def recording() -> Iterator[list[Launch]]:
         backends.BACKENDS["triton"] = backend
 
 
-def launches_of(prepare: Callable[[], Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]]) -> list[Launch]:
+def launches_of(prepare: Callable[[], Callable[[], Results]], *, backward: bool = True) -> list[Launch]:
     """What a call launches, forward and then backward from all of its results that have gradients.
 
     Args:
         prepare: returns the call; what that launches is not counted.
     """
-    call = prepare()
-    with recording() as found:
-        with sca_kernels.backend("triton"):
-            results = call()
-        outputs = [results] if isinstance(results, torch.Tensor) else list(results)
-        outputs = [output for output in outputs if output.requires_grad]
-        if outputs:
-            torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    run = prepare()
+    with recording() as found, sca_kernels.backend("triton"), torch.set_grad_enabled(backward):
+        step_of(run)()
     return found

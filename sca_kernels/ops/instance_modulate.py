@@ -72,8 +72,8 @@ def instance_modulate(
         ValueError: if shapes or devices do not agree, if noise requires a gradient, or if there is a seed or a strength
             without the noise it belongs to.
 
-    Backends: ``cpu`` (the default on the CPU), ``triton`` (the default on a GPU for all but float64; never run on one
-    yet), ``reference``.
+    Backends: ``cpu`` (the default on the CPU), ``triton`` (on GPUs where it is chosen, all but float64; it has never
+    run on one), ``reference``.
 
     Source: Huang and Belongie, AdaIN, ICCV 2017; Park et al., SPADE, CVPR 2019; Dufour et al., SCAM!, ECCV 2022.
 

@@ -98,8 +98,8 @@ def semantic_cross_attention(
         ValueError: if shapes, devices, numbers of tokens or numbers of labels do not agree, or ``empty_value`` is
             missing.
 
-    Backends: ``cpu`` (the default on the CPU), ``triton`` (the default on a GPU for all but float64; never run on one
-    yet), ``reference``.
+    Backends: ``cpu`` (the default on the CPU), ``triton`` (on GPUs where it is chosen, all but float64; it has never
+    run on one), ``reference``.
 
     Source: Dufour et al., SCAM!, ECCV 2022, the masked attention of SCA and SAT.
 

@@ -109,7 +109,8 @@ def semantic_modulate(
         ValueError: if shapes, devices or numbers of labels do not agree, arguments that belong together are not given
             together, or noise requires a gradient.
 
-    Backends: ``cpu`` (the default on the CPU), ``reference``.
+    Backends: ``cpu`` (the default on the CPU), ``triton`` (on GPUs where it is chosen, all but float64, with at most
+    256 latents of a label in all heads; it has never run on one), ``reference``.
 
     Source: Dufour et al., SCAM!, ECCV 2022, the modulation of the generator, with folded projections.
 

@@ -90,7 +90,8 @@ def semantic_pool(
         TypeError: if a type is not as above.
         ValueError: if shapes, devices or numbers of labels do not agree.
 
-    Backends: ``cpu`` (the default on the CPU), ``reference``.
+    Backends: ``cpu`` (the default on the CPU), ``triton`` (on GPUs where it is chosen, all but float64, with at most
+    256 latents of a label in all heads; it has never run on one), ``reference``.
 
     Source: Dufour et al., SCAM!, ECCV 2022, the cross-attention of SAT, with folded projections.
 

@@ -15,6 +15,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = frozenset({"cpu"} if INTERPRETED else {"cuda"})
 _OLDEST = (3, 6)
+_LEAST_CAPABILITY = (8, 0)  # of NVIDIA's GPUs: what Triton supports, and the least that is compiled for
 
 
 def _missing() -> str | None:
@@ -31,6 +32,12 @@ _reason = _missing()
 
 def why_not() -> str | None:
     """The reason why the kernels cannot run, or None if they can."""
-    if _reason is not None or INTERPRETED or torch.cuda.is_available():
+    if _reason is not None or INTERPRETED:
         return _reason
-    return "there is no GPU (with TRITON_INTERPRET=1 the kernels run on the CPU, slowly, to test them)"
+    if not torch.cuda.is_available():
+        return "there is no GPU (with TRITON_INTERPRET=1 the kernels run on the CPU, slowly, to test them)"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < _LEAST_CAPABILITY:
+        needed, found = (".".join(map(str, version)) for version in (_LEAST_CAPABILITY, capability))
+        return f"it needs a GPU of compute capability {needed} or more, and this one has {found}"
+    return None

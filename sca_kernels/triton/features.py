@@ -52,3 +52,22 @@ def tile_pointers(
     return (
         base + image.to(tl.int64) * image_stride + (channels.to(tl.int64) * channel_stride)[:, None] + offsets[None, :]
     )
+
+
+@triton.jit
+def pixel_pointers(base, image, pixels, width, image_stride, row_stride, column_stride, FLAT: tl.constexpr):
+    """Pointers to the first channel of pixels of an image, for a program that takes their channels part by part."""
+    return base + image.to(tl.int64) * image_stride + pixel_offsets(pixels, width, row_stride, column_stride, FLAT)
+
+
+@triton.jit
+def load_channels(first, channel_stride, channels, mask):
+    """A tile (channels, pixels) in float32, zero where it is masked, from pointers to the pixels' first channel."""
+    pointers = first[None, :] + (channels.to(tl.int64) * channel_stride)[:, None]
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_channels(first, channel_stride, channels, tile, mask):
+    pointers = first[None, :] + (channels.to(tl.int64) * channel_stride)[:, None]
+    tl.store(pointers, tile.to(first.dtype.element_ty), mask=mask)

@@ -18,6 +18,15 @@ def product_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
+def float32_precision(dtype: torch.dtype) -> str:
+    """How products of float32 are computed where the features in them, converted to float32, come from ``dtype``.
+
+    Three products of narrower numbers, which is as exact as float32 up to a few units in the last place. Float16 has
+    too small a range to split float32 into: gradients would vanish in it.
+    """
+    return "bf16x3" if dtype == torch.bfloat16 else product_precision(dtype)
+
+
 @triton.jit
 def product(a, b, total, PRECISION: tl.constexpr):
     """total + a @ b in float32, for a and b of one type as they come from memory."""

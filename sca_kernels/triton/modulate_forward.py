@@ -1,0 +1,115 @@
+"""The kernel of semantic_modulate, forward, and what the backward pass computes once more."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .features import load_channels, pixel_pointers, store_channels
+from .label_blocks import by_position, find_block, latents_of, load_rows, pixels_of_block, rows_of
+from .noise import noise_tile
+
+
+@triton.jit
+def of_channels(table, place, is_channel):
+    """A column of a table (B, C) that may be None, beside a tile."""
+    values = tl.zeros(place.shape, tl.float32)
+    if table is not None:
+        values += tl.load(table + place, mask=is_channel, other=0.0)
+    return values[:, None]
+
+
+@triton.jit
+def attention_weights(
+    x, channel_stride, keys, key_bias, row_bias, col_bias, row, is_row, pixel, inside, height, width,
+    channels: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, LATENTS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The weights (rows, pixels): softmax over the latents, in each head; zero where there are none."""
+    there = is_row[:, None] & inside[None, :]
+    logits = by_position(row_bias, col_bias, row, pixel, height, width, there)
+    if key_bias is not None:
+        logits += tl.load(key_bias + row, mask=is_row, other=0.0)[:, None]
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        features = load_channels(x, channel_stride, channel, (channel < channels)[:, None] & inside[None, :])
+        table = load_rows(keys, row, is_row, channel, channels)
+        logits = tl.dot(table, features, logits, input_precision=PRECISION)
+    logits = tl.reshape(tl.where(there, logits, float("-inf")), (HEADS, LATENTS, PIXELS))
+    largest = tl.max(logits, 1)
+    weights = tl.exp(logits - tl.where(largest > float("-inf"), largest, 0.0)[:, None, :])
+    total = tl.sum(weights, 1)
+    weights = weights / tl.where(total == 0.0, 1.0, total)[:, None, :]
+    return tl.reshape(weights, (HEADS * LATENTS, PIXELS))
+
+
+@triton.jit
+def modulate_tile(
+    features, weights, scale, shift, scale_bias, shift_bias, empty_scale, empty_shift, mean, rstd, noise_strength,
+    noise, noise_seed, row, is_row, is_empty, image, start, channel, pixel, inside, channels: tl.constexpr,
+    ADD_ONE: tl.constexpr, PRECISION: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The normalised features of a tile, gamma, noise, and the result before its activation."""
+    place = image * channels + channel
+    is_channel = channel < channels
+    normalised = (features - of_channels(mean, place, is_channel)) * of_channels(rstd, place, is_channel)
+    gamma = of_channels(scale_bias, place, is_channel) + of_channels(empty_scale, place, is_channel & is_empty)
+    if ADD_ONE:
+        gamma += 1.0
+    table = load_rows(scale, row, is_row, channel, channels)
+    gamma += tl.dot(tl.trans(table), weights, input_precision=PRECISION)
+    beta = of_channels(shift_bias, place, is_channel) + of_channels(empty_shift, place, is_channel & is_empty)
+    table = load_rows(shift, row, is_row, channel, channels)
+    beta += tl.dot(tl.trans(table), weights, input_precision=PRECISION)
+    numbers = tl.zeros_like(features)
+    if noise is not None:
+        numbers += tl.load(noise, mask=inside, other=0.0)[None, :]
+    if noise_seed is not None:
+        numbers += noise_tile(tl.load(noise_seed), image, start // CHANNELS, pixel, CHANNELS)
+    strength = 1.0
+    if noise_strength is not None:
+        strength = of_channels(noise_strength, place, is_channel)
+    return normalised, gamma, numbers, gamma * normalised + beta + strength * numbers
+
+
+@triton.jit
+def modulate_blocks(
+    x, out, keys, scale, shift, key_bias, row_bias, col_bias, scale_bias, shift_bias, empty_scale, empty_shift,
+    mean, rstd, noise_strength, noise, noise_seed, cu_latents, offsets, order,
+    x_image_stride, x_channel_stride, x_row_stride, x_column_stride,
+    out_image_stride, out_channel_stride, out_row_stride, out_column_stride,
+    noise_image_stride, noise_row_stride, noise_column_stride, cu_latents_stride, offsets_stride, order_stride,
+    heads, latents, num_labels, height, width, negative_slope,
+    channels: tl.constexpr, ADD_ONE: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, LATENTS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(1).to(tl.int64)
+    label, begin, end = find_block(
+        offsets + image * offsets_stride, num_labels, height * width, tl.program_id(0), PIXELS
+    )
+    if begin >= end:
+        return
+    pixel, inside = pixels_of_block(order + image * order_stride, begin, end, PIXELS)
+    first, count = latents_of(cu_latents + image * cu_latents_stride, num_labels, label)
+    row, is_row = rows_of(image, heads, latents, first, count, HEADS, LATENTS)
+    x = pixel_pointers(x, image, pixel, width, x_image_stride, x_row_stride, x_column_stride, FLAT)
+    out = pixel_pointers(out, image, pixel, width, out_image_stride, out_row_stride, out_column_stride, FLAT)
+    if noise is not None:
+        noise = pixel_pointers(
+            noise, image, pixel, width, noise_image_stride, noise_row_stride, noise_column_stride, False
+        )
+    weights = attention_weights(
+        x, x_channel_stride, keys, key_bias, row_bias, col_bias, row, is_row, pixel, inside, height, width,
+        channels, PRECISION, HEADS, LATENTS, PIXELS, CHANNELS,
+    )  # fmt: skip
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        known = (channel < channels)[:, None] & inside[None, :]
+        features = load_channels(x, x_channel_stride, channel, known)
+        _, _, _, result = modulate_tile(
+            features, weights, scale, shift, scale_bias, shift_bias, empty_scale, empty_shift, mean, rstd,
+            noise_strength, noise, noise_seed, row, is_row, count == 0, image, start, channel, pixel, inside, channels,
+            ADD_ONE, PRECISION, CHANNELS,
+        )  # fmt: skip
+        result = tl.where(result > 0.0, result, result * negative_slope)
+        store_channels(out, out_channel_stride, channel, result, known)

@@ -1,0 +1,197 @@
+"""Modulation of normalised features on a GPU.
+
+Forward is one pass over blocks of pixels of a label, after that for the statistics. Backward: with n = (x - mean) rstd,
+y = gamma n + beta + noise, out = leaky_relu(y), and dy = dout * (1 or the slope):
+
+    dgamma_p = dy_p n_p, dbeta_p = dy_p,
+    dscale_j = sum_p P_pj dgamma_p,  dshift_j = sum_p P_pj dbeta_p,  dP_pj = <scale_j, dgamma_p> + <shift_j, dbeta_p>,
+    dS = P * (dP - rowsum(P * dP)),  dkey_j = sum_p dS_pj x_p,  dx_p = rstd gamma dy_p + sum_j dS_pj key_j
+
+and what the statistics add to dx, which is an affine function of x in each channel: a second, linear pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ..outputs import empty_modulate_outputs
+from .features import memory_order, strides_of
+from .label_blocks import LabelBlocks, add_partial_rows, contiguous, image_stride
+from .launch import configuration, launch
+from .modulate_backward import SUMS, add_block_sums, add_statistics, modulate_backward_blocks
+from .modulate_forward import modulate_blocks
+from .moments import channel_statistics
+from .position_sums import add_up_positions, position_values
+from .products import float32_precision
+
+
+def semantic_modulate(
+    x: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    cu_latents: Tensor,
+    offsets: Tensor,
+    order: Tensor,
+    key_bias: Tensor | None,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    scale_bias: Tensor | None,
+    shift_bias: Tensor | None,
+    empty_scale: Tensor | None,
+    empty_shift: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    noise: Tensor | None,
+    noise_seed: Tensor | None,
+    noise_strength: Tensor | None,
+    max_latents: int,
+    eps: float,
+    negative_slope: float,
+    add_one: bool,
+    empty: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the output, and the mean and rstd that were used."""
+    out, used_mean, used_rstd = empty_modulate_outputs(x)
+    if mean is not None and rstd is not None:
+        used_mean.copy_(mean)
+        used_rstd.copy_(rstd)
+    else:
+        channel_statistics(x, used_mean, used_rstd, unbiased=False, eps=eps)
+    batch, channels, height, width = x.shape
+    heads, latents = keys.shape[1:3]
+    blocks = LabelBlocks("modulate_blocks", x, heads, latents, max_latents, offsets.shape[1] - 1)
+    tables = (
+        keys, scale, shift, key_bias, row_bias, col_bias, scale_bias, shift_bias,
+        _instead(empty_scale, scale, empty), _instead(empty_shift, shift, empty), used_mean, used_rstd, noise_strength,
+    )  # fmt: skip
+    flat, [x_strides, out_strides] = strides_of(x, out)
+    launch(
+        modulate_blocks,
+        (blocks.programs, batch),
+        x, out, *map(contiguous, tables), noise, noise_seed, cu_latents, offsets, order,
+        *x_strides, *out_strides, *_noise_strides(noise), *map(image_stride, (cu_latents, offsets, order)),
+        heads, latents, blocks.num_labels, height, width, negative_slope,
+        channels=channels, ADD_ONE=add_one, FLAT=flat, PRECISION=float32_precision(x.dtype),
+        **blocks.rows, **blocks.cut.options,
+    )  # fmt: skip
+    return out, used_mean, used_rstd
+
+
+def semantic_modulate_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    cu_latents: Tensor,
+    offsets: Tensor,
+    order: Tensor,
+    key_bias: Tensor | None,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    scale_bias: Tensor | None,
+    shift_bias: Tensor | None,
+    empty_scale: Tensor | None,
+    empty_shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    noise: Tensor | None,
+    noise_seed: Tensor | None,
+    noise_strength: Tensor | None,
+    stats_given: bool,
+    max_latents: int,
+    eps: float,
+    negative_slope: float,
+    add_one: bool,
+    empty: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    """Returns the gradients of x and of the 13 tables; one that ``output_mask`` does not ask for is an empty tensor."""
+    wants_x, *wants_rows, wants_key_bias, wants_row_bias, wants_col_bias = output_mask[:7]
+    batch, channels, height, width = x.shape
+    heads, latents = keys.shape[1:3]
+    blocks = LabelBlocks("modulate_backward_blocks", x, heads, latents, max_latents, offsets.shape[1] - 1)
+    tables = (
+        keys, scale, shift, key_bias, row_bias, col_bias, scale_bias, shift_bias,
+        _instead(empty_scale, scale, empty), _instead(empty_shift, shift, empty), mean, rstd, noise_strength,
+    )  # fmt: skip
+    grad_x = torch.empty_like(x) if wants_x else None
+    rows = (batch, heads, blocks.partial_rows)
+    partial = [keys.new_empty((*rows, channels)) if wanted else None for wanted in wants_rows]
+    partial_bias = keys.new_empty((*rows, 1)) if wants_key_bias else None
+    kinds = offsets.new_empty((batch, blocks.programs), dtype=torch.int32)
+    block_sums = keys.new_empty((batch, blocks.programs, SUMS.value, channels))
+    values, labels = position_values(x, blocks) if wants_row_bias or wants_col_bias else (None, None)
+    flat, [x_strides, out_strides, grad_strides] = strides_of(x, grad_out, grad_x)
+    launch(
+        modulate_backward_blocks,
+        (blocks.programs, batch),
+        x, grad_out, *map(contiguous, tables), noise, noise_seed, cu_latents, offsets, order,
+        grad_x, *partial, partial_bias, kinds, block_sums, values, labels,
+        *x_strides, *out_strides, *grad_strides, *_noise_strides(noise),
+        *map(image_stride, (cu_latents, offsets, order)),
+        heads, latents, max_latents, blocks.num_labels, blocks.partial_rows, height, width, negative_slope,
+        channels=channels, ADD_ONE=add_one, FLAT=flat, PRECISION=float32_precision(x.dtype),
+        **blocks.rows, **blocks.cut.options,
+    )  # fmt: skip
+    # The sums over all pixels, and over those without latents.
+    sums = keys.new_empty((2, SUMS.value, batch, channels))
+    cut = configuration("add_block_sums", "any", x.device, x.dtype)
+    launch(
+        add_block_sums,
+        (triton.cdiv(channels, cut["CHANNELS"]), batch, SUMS.value),
+        kinds, block_sums, sums, blocks.programs, channels,
+        **cut.options,
+    )  # fmt: skip
+    of_all, of_empty = sums
+    if grad_x is not None and not stats_given:
+        cut = configuration("add_statistics", memory_order(x), x.device, x.dtype)
+        flat, [x_strides, grad_strides] = strides_of(x, grad_x)
+        launch(
+            add_statistics,
+            (triton.cdiv(height * width, cut["PIXELS"]), triton.cdiv(channels, cut["CHANNELS"]), batch),
+            x, grad_x, of_all, mean, rstd, *x_strides, *grad_strides, channels, height * width, width,
+            FLAT=flat, **cut.options,
+        )  # fmt: skip
+    share = 1 / max(latents, 1)
+    gradients = []
+    for index, sums_of_rows in enumerate(partial):
+        gradient = keys.new_empty(0)
+        if sums_of_rows is not None:
+            gradient = add_partial_rows(blocks, sums_of_rows, cu_latents, offsets)
+            if index > 0 and empty == "uniform" and (empty_scale, empty_shift)[index - 1] is None:
+                gradient += of_empty[index - 1, :, None, None] * share
+        gradients.append(gradient)
+    nothing = keys.new_empty(0)
+    by_row = by_column = by_latent = nothing
+    if partial_bias is not None:
+        by_latent = add_partial_rows(blocks, partial_bias, cu_latents, offsets).squeeze(-1)
+    if values is not None and labels is not None:
+        if wants_row_bias and row_bias is not None:
+            by_row = add_up_positions(values, labels, blocks, cu_latents, "rows", keys.new_zeros(row_bias.shape))
+        if wants_col_bias and col_bias is not None:
+            by_column = add_up_positions(values, labels, blocks, cu_latents, "columns", keys.new_zeros(col_bias.shape))
+    by_channel = (
+        of_all[0], of_all[1], of_empty[0], of_empty[1], -rstd * of_all[3], of_all[2] / rstd, of_all[4]
+    )  # fmt: skip
+    return (
+        x.new_empty(0) if grad_x is None else grad_x,
+        *gradients,
+        *(by_latent, by_row, by_column),
+        # Copies: no two results of an operator may share memory.
+        *(found.clone() if wanted else nothing for found, wanted in zip(by_channel, output_mask[7:], strict=True)),
+    )
+
+
+def _instead(given: Tensor | None, rows: Tensor, empty: str) -> Tensor | None:
+    """What pixels without latents get (B, C) in place of a sum over rows; None for zero."""
+    if given is not None:
+        return given
+    return rows.mean(2).sum(1) if empty == "uniform" and rows.shape[2] > 0 else None
+
+
+def _noise_strides(noise: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if noise is None else (noise.stride(0), noise.stride(2), noise.stride(3))
