@@ -31,8 +31,8 @@ def modules() -> list[ModuleType]:
         for package in PACKAGES
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     ]
-    # The compiled library has no docstrings, and the one that the others use may be elsewhere.
-    names = [name for name in names if not name.endswith("._native")]
+    # The compiled libraries have no docstrings, and the one that the others use may be elsewhere.
+    names = [name for name in names if not name.endswith(("._native", "._cuda"))]
     if importlib.util.find_spec("triton") is None:
         names = [name for name in names if not name.startswith("sca_kernels.triton.")]
     return [*PACKAGES, *(importlib.import_module(name) for name in names)]
