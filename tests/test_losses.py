@@ -53,7 +53,7 @@ def test_feature_matching() -> None:
     expected = 0.0
     for of_real, of_fake in zip(real, fake, strict=True):
         for features, fake_features in zip(of_real.features, of_fake.features, strict=True):
-            expected += float((features - fake_features).abs().sum()) / features.numel() / 2
+            expected += (features - fake_features).abs().sum().item() / features.numel() / 2
     loss = feature_matching_loss(real, fake)
     assert loss.item() == pytest.approx(expected)
     loss.backward()

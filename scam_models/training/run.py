@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,8 @@ def train(
         report(f"{last}: has its {begin} steps already; --steps with a larger number goes on")
         return last
     source = TrainingData(images, module, workers)
+    # What Lightning finds and recommends is not what the user asked about.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = lightning.Trainer(
         accelerator=accelerator,
         devices=count,
