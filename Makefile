@@ -19,9 +19,11 @@ help: ## list these targets
 demo: native ## train a small SCAM on two portraits and exchange their backgrounds; writes a picture
 	$(RUN) demo/run.py
 
+# A test computes on one thread, so as many run at a time as there are cores.
+PARALLEL := -n auto --dist worksteal
 test: native ## all tests, then the benchmarks at small sizes, where they only check results
-	$(RUN) -m pytest tests -q -m "not triton and not compiles_gpu"
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests -q -m triton
+	$(RUN) -m pytest tests -q $(PARALLEL) -m "not triton and not compiles_gpu"
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests -q $(PARALLEL) -m triton
 	$(RUN) -m pytest bench -q
 
 lint: $(VENV)/.installed ## check style and types

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("native", float64_noise.__name__)
 
 __all__ = ["float64_noise"]
 # Options that compute something else in evaluation mode, and some that do not.
-ALSO_EVALUATED = {"default", "batch norm", "batch norm, simplex", "variational", "spectral", "map encoders, last block"}
+ALSO_EVALUATED = ("default", "batch norm", "batch norm, simplex", "variational", "spectral", "map encoders, last block")
 MODES = [(name, True) for name in GENERATOR_OPTIONS] + [(name, False) for name in ALSO_EVALUATED]
 
 
