@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("lightning")
 
 import torch
+from commands import run_command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from training_runs import NUM_LABELS, SIZE, assert_same_bits, read, small_configuration, write_data
@@ -332,3 +333,20 @@ def test_presets_are_those_of_the_paper(name: str) -> None:
     assert preset.discriminator.first_channels == 64 and preset.discriminator.gradient_normalised
     assert preset.model.generator.layout.max_per_label == 8
     assert training_preset(name, latents=4).model.encoder.layout.max_per_label == 4
+
+
+def test_errors_of_the_command(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    own = ("--labels", "3", "--size", "32", "--accelerator", "cpu")
+    cases = [
+        ((str(tmp_path), *own), "no such folder"),
+        ((str(data), "--preset", "x"), "preset 'x': expected one of idesigner"),
+        ((str(data), *own, "--no", "x"), "without 'x': expected one of encoder-"),
+        ((str(data), *own, "--batch-size", "0"), "batch_size: expected a positive"),
+        ((str(data), *own, "--vgg", str(tmp_path / "x")), "No such file"),
+    ]
+    for arguments, message in cases:
+        assert run_command("train", *arguments, "--out", str(out)) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
+        assert not out.exists()

@@ -65,7 +65,7 @@ def kill_after(arguments: Sequence[str], last: Path, steps: int) -> None:
 
 
 def test_killed_training_goes_on_with_the_same_bits(data: Path, tmp_path: Path) -> None:
-    options = ("--steps", 40, "--batch-size", 2, "--checkpoint-every", 3, "--validate-every", 9)
+    options = ("--steps", 24, "--batch-size", 2, "--checkpoint-every", 3, "--validate-every", 9)
     whole = train(data, tmp_path / "whole", *options)
     assert whole.returncode == 0, whole.stderr
     assert "perceptual loss: OFF" in whole.stdout
@@ -73,9 +73,9 @@ def test_killed_training_goes_on_with_the_same_bits(data: Path, tmp_path: Path) 
 
     out = tmp_path / "killed"
     again = ("train", data, "--out", out, *SMALL, *options, "--resume")
-    for steps in (3, 15):
+    for steps in (3, 12):
         kill_after(command(*again), out / "last.ckpt", steps)
-        assert steps <= step_of(out / "last.ckpt") < 40
+        assert steps <= step_of(out / "last.ckpt") < 24
     finished = scam(*again)
     assert finished.returncode == 0, finished.stderr
     for name in ("last.ckpt", "best.ckpt"):
@@ -88,11 +88,10 @@ def losses_of(out: Path) -> dict[str, list[float]]:
     return {name: [event.value for event in events.Scalars(name)] for name in names}
 
 
-@pytest.mark.parametrize("share", [0.1, 0.35])
-def test_two_processes_have_the_losses_of_one_with_the_doubled_batch(data: Path, tmp_path: Path, share: float) -> None:
-    """One image is kept for validation, for two processes, or three are."""
+def test_two_processes_have_the_losses_of_one_with_the_doubled_batch(data: Path, tmp_path: Path) -> None:
+    """Three images are kept for validation, so that the processes do not have as many."""
     options = ("--steps", 4, "--batch-size", 4, "--validate-every", 2, "--report-every", 1, "--no", "noise")
-    options += ("--validation-share", share)
+    options += ("--validation-share", 0.35)
     one = train(data, tmp_path / "one", *options, "--devices", 1)
     two = train(data, tmp_path / "two", *options, "--devices", 2)
     assert one.returncode == 0, one.stderr
@@ -122,18 +121,3 @@ def test_full_disk(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "last.ckpt").read_bytes() == before
     assert train(data, tmp_path, *options, "--resume").returncode == 0
     assert step_of(tmp_path / "last.ckpt") == 4
-
-
-def test_errors_are_one_line(data: Path, tmp_path: Path) -> None:
-    cases: list[tuple[tuple[Any, ...], str]] = [
-        (("train", tmp_path, "--out", tmp_path / "out", *SMALL), "no such folder"),
-        (("train", data, "--out", tmp_path / "out", "--preset", "x"), "preset 'x': expected one of idesigner"),
-        (("train", data, "--out", tmp_path / "out", *SMALL, "--no", "x"), "without 'x': expected one of encoder-"),
-        (("train", data, "--out", tmp_path / "out", *SMALL, "--batch-size", 0), "batch_size: expected a positive"),
-        (("train", data, "--out", tmp_path / "out", *SMALL, "--vgg", tmp_path / "x"), "No such file"),
-    ]
-    for arguments, message in cases:
-        result = scam(*arguments)
-        assert result.returncode == 1, result.stderr
-        assert message in result.stderr and "Traceback" not in result.stderr
-        assert not (tmp_path / "out").exists()
