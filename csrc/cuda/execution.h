@@ -50,8 +50,9 @@ struct Block {
 
 inline int block_threads() { return kThreads; }
 
+// One block per multiprocessor is enough to ask for: with more, ptxas rather spills registers.
 template <typename Kernel>
-__global__ void __launch_bounds__(kThreads) run(const __grid_constant__ Kernel kernel, const int64_t items) {
+__global__ void __launch_bounds__(kThreads, 1) run(const __grid_constant__ Kernel kernel, const int64_t items) {
   __shared__ typename Kernel::Shared shared;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) kernel(Block(), item, shared);
 }

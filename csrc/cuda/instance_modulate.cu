@@ -1,7 +1,8 @@
 // Instance normalisation with modulation, noise and activation.
 //
-// Forward: the moments, then one pass that reads and writes each element once. Backward: one pass for the sums over
-// each channel, and one that writes the gradients of x and of maps; both compute again what went into the activation.
+// Forward: the moments, then one pass that reads and writes each element once; small maps are read only once. Backward:
+// one pass for the sums over each channel, and one that writes the gradients of x and of maps; both compute again what
+// went into the activation.
 #include <initializer_list>
 
 #include "noise.h"
@@ -22,9 +23,9 @@ struct Formula {
   Pixels pixels;
   Noise noise;
 
-  explicit Formula(const sca_instance_modulate& call)
+  explicit Formula(const sca_instance_modulate& call, int64_t steps = Tiling::kSteps)
       : call(call),
-        tiling(call.batch, call.channels, call.height * call.width, adjacent_channels(call.x), kWidth),
+        tiling(call.batch, call.channels, call.height * call.width, adjacent_channels(call.x), kWidth, steps),
         pixels{static_cast<uint32_t>(call.width)},
         noise{call.noise, static_cast<uint32_t>(call.width)} {}
 
@@ -64,9 +65,13 @@ struct Formula {
   }
 
   SCA_DEVICE Elements at(const Lane& lane, const Channels& of, int64_t pixel) const {
-    Elements elements;
-    float x[kWidth], gamma[kWidth] = {}, beta[kWidth] = {};
+    float x[kWidth];
     load<Scalar>(call.x.data, offset(call.x, lane, pixel), x);
+    return at(lane, of, pixel, x);
+  }
+  SCA_DEVICE Elements at(const Lane& lane, const Channels& of, int64_t pixel, const float (&x)[kWidth]) const {
+    Elements elements;
+    float gamma[kWidth] = {}, beta[kWidth] = {};
     if (call.gamma.data) load<Scalar>(call.gamma.data, offset(call.gamma, lane, pixel), call.gamma_wide, gamma);
     if (call.beta.data) load<Scalar>(call.beta.data, offset(call.beta, lane, pixel), call.beta_wide, beta);
 #pragma unroll
@@ -93,6 +98,14 @@ struct Formula {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) grad[i] = elements.before[i] > 0 ? grad[i] : grad[i] * slope;
   }
+
+  // Writes the result.
+  SCA_DEVICE void activate(const Lane& lane, Elements& elements, int64_t pixel) const {
+    const auto slope = static_cast<float>(call.negative_slope);
+#pragma unroll
+    for (float& value : elements.before) value = value > 0 ? value : value * slope;
+    store<Scalar>(call.out.data, offset(call.out, lane, pixel), elements.before);
+  }
 };
 
 template <typename Scalar, int kWidth>
@@ -105,12 +118,49 @@ struct Forward {
       const Lane lane = formula.tiling.lane(item, thread);
       if (!lane.active) return;
       const auto channels = formula.channels(lane);
-      const auto slope = static_cast<float>(formula.call.negative_slope);
       for (int64_t pixel = lane.pixel; pixel < lane.end; pixel += lane.step) {
         auto elements = formula.at(lane, channels, pixel);
+        formula.activate(lane, elements, pixel);
+      }
+    });
+  }
+};
+
+// Moments and result at once where a block has all pixels of its channels: they are read once and kept in shared
+// memory, each number by the thread that has read it.
+template <typename Scalar, int kWidth>
+struct ForwardAtOnce {
+  static constexpr int kSteps = 16 / kWidth;  // for which there is room
+  using MomentsKernel = ChannelMoments<Scalar, kWidth>;
+
+  Formula<Scalar, kWidth> formula;
+  MomentsKernel moments;
+  FinishStatistics<double> finish;
+  struct Shared : MomentsKernel::Shared {
+    float x[kSteps][kWidth][kThreads];
+  };
+
+  SCA_DEVICE void operator()(const Block& block, int64_t item, Shared& shared) const {
+    moments.compute(block, item, shared, [&](int thread, int64_t step, const float (&values)[kWidth]) {
 #pragma unroll
-        for (float& value : elements.before) value = value > 0 ? value : value * slope;
-        store<Scalar>(formula.call.out.data, formula.offset(formula.call.out, lane, pixel), elements.before);
+      for (int i = 0; i < kWidth; ++i) shared.x[step][i][thread] = values[i];
+    });
+    block.each_thread([&](int thread) {
+      const Lane lane = formula.tiling.lane(item, thread);
+      if (!lane.active || lane.entry >= formula.tiling.channel_lanes) return;
+      for (int i = 0; i < moments.rows(); ++i) finish(formula.row(lane, i), shared.moments[i][lane.entry]);
+    });
+    block.each_thread([&](int thread) {
+      const Lane lane = formula.tiling.lane(item, thread);
+      if (!lane.active) return;
+      const auto channels = formula.channels(lane);
+      int64_t step = 0;
+      for (int64_t pixel = lane.pixel; pixel < lane.end; pixel += lane.step, ++step) {
+        float x[kWidth];
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) x[i] = shared.x[step][i][thread];
+        auto elements = formula.at(lane, channels, pixel, x);
+        formula.activate(lane, elements, pixel);
       }
     });
   }
@@ -295,9 +345,15 @@ template <typename Scalar, int kWidth>
 const char* forward(const sca_instance_modulate& call, void* stream) {
   Arena arena(call.workspace);
   const Formula<Scalar, kWidth> formula(call);
+  const FinishStatistics<double> finish = {call.mean, call.rstd, call.eps, call.unbiased != 0};
+  using AtOnce = ForwardAtOnce<Scalar, smaller(kWidth, 4)>;
+  const Formula<Scalar, smaller(kWidth, 4)> whole(call, AtOnce::kSteps);
+  if (!call.stats_given && whole.tiling.chunks == 1) {
+    const AtOnce kernel = {whole, {call.x, whole.pixels, whole.tiling, nullptr}, finish};
+    return launch(kernel, whole.tiling.items, call.threads, stream);
+  }
   if (!call.stats_given) {
     auto* partial = arena.take<Moments>(call.batch * call.channels * most_chunks(call));
-    const FinishStatistics<double> finish = {call.mean, call.rstd, call.eps, call.unbiased != 0};
     const char* error = channel_moments<Scalar, smaller(kWidth, 4)>(call.x, call.batch, call.channels, call.height,
                                                                     call.width, partial, finish, call.threads, stream);
     if (error) return error;

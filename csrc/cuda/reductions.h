@@ -38,32 +38,49 @@ struct ChannelMoments {
     Moments moments[kWidth][kThreads];
   };
 
+  SCA_DEVICE void operator()(const Block& block, int64_t item, Shared& shared) const {
+    compute(block, item, shared, [](int, int64_t, const float (&)[kWidth]) {});
+    block.each_thread([&](int thread) {
+      const Lane lane = tiling.lane(item, thread);
+      if (!lane.active || lane.entry >= tiling.channel_lanes) return;
+      const int64_t row = lane.image * tiling.channels + lane.channel;
+      for (int i = 0; i < rows(); ++i) partial[(row + i) * tiling.chunks + lane.chunk] = shared.moments[i][lane.entry];
+    });
+  }
+
+  // Channels of a thread.
+  SCA_DEVICE int rows() const { return tiling.along_channels ? kWidth : 1; }
+
+  // The moments of an item, in the first entries of `shared`. Calls visit(thread, step, values) for all that is read.
+  //
   // Welford's algorithm for each place of a pack, on differences from the first value of the place: a mean that is
   // large beside the deviations costs nothing.
-  SCA_DEVICE void operator()(const Block& block, int64_t item, Shared& shared) const {
-    const int rows = tiling.along_channels ? kWidth : 1;
+  template <typename Visit>
+  SCA_DEVICE void compute(const Block& block, int64_t item, Shared& shared, const Visit& visit) const {
     block.each_thread([&](int thread) {
       const Lane lane = tiling.lane(item, thread);
       float count = 0, shift[kWidth] = {}, mean[kWidth] = {}, squares[kWidth] = {};
       const int64_t base = offset_of(x, lane.image, lane.channel);
-      for (int64_t pixel = lane.pixel; lane.active && pixel < lane.end; pixel += lane.step) {
+      int64_t step = 0;
+      for (int64_t pixel = lane.pixel; lane.active && pixel < lane.end; pixel += lane.step, ++step) {
         float values[kWidth];
         load<Scalar>(x.data, base + pixels.offset(x, static_cast<uint32_t>(pixel)), values);
+        visit(thread, step, values);
         count += 1;
         const float share = 1 / count;
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
           if (count == 1) shift[i] = values[i];
-          const float difference = values[i] - shift[i], step = difference - mean[i];
-          mean[i] += step * share;
-          squares[i] += step * (difference - mean[i]);
+          const float difference = values[i] - shift[i], change = difference - mean[i];
+          mean[i] += change * share;
+          squares[i] += change * (difference - mean[i]);
         }
       }
       if (lane.entry >= tiling.entries()) return;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         const Moments moments = {count, double{shift[i]} + double{mean[i]}, squares[i]};
-        if (i < rows) {
+        if (i < rows()) {
           shared.moments[i][lane.entry] = moments;
         } else {
           shared.moments[0][lane.entry].merge(moments);
@@ -71,13 +88,7 @@ struct ChannelMoments {
       }
     });
     reduce(block, tiling.pixel_lanes, tiling.channel_lanes, [&](int a, int b) {
-      for (int i = 0; i < rows; ++i) shared.moments[i][a].merge(shared.moments[i][b]);
-    });
-    block.each_thread([&](int thread) {
-      const Lane lane = tiling.lane(item, thread);
-      if (!lane.active || lane.entry >= tiling.channel_lanes) return;
-      const int64_t row = lane.image * tiling.channels + lane.channel;
-      for (int i = 0; i < rows; ++i) partial[(row + i) * tiling.chunks + lane.chunk] = shared.moments[i][lane.entry];
+      for (int i = 0; i < rows(); ++i) shared.moments[i][a].merge(shared.moments[i][b]);
     });
   }
 };

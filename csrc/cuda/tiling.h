@@ -26,7 +26,7 @@ struct Tiling {
 
   static constexpr int64_t kSteps = 16;  // of a thread in a chunk
 
-  Tiling(int64_t batch, int64_t channels, int64_t pixels, bool along_channels, int pack)
+  Tiling(int64_t batch, int64_t channels, int64_t pixels, bool along_channels, int pack, int64_t steps = kSteps)
       : channels(channels), pixels(pixels), pack(pack), along_channels(along_channels) {
     const int threads = block_threads();
     if (along_channels) {
@@ -36,7 +36,7 @@ struct Tiling {
       pixel_lanes = static_cast<int>(smaller<int64_t>(threads, larger<int64_t>(pixels / pack, 1)));
       channel_lanes = threads / pixel_lanes;
     }
-    chunk = pixel_step() * kSteps;
+    chunk = pixel_step() * steps;
     chunks = divide_up(pixels, chunk);
     channel_blocks = divide_up(channels, channel_lanes * channel_step());
     items = batch * channel_blocks * chunks;
