@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from sca_kernels import LabelMap, LatentLayout
 from sca_kernels.nn import SemanticModulation
 
-from . import label_maps
+from . import goals, label_maps
 from .feature_maps import noticeable, without_gradient_at_kinks
 from .published import ATTENTION_WIDTH, STYLE_WIDTH, SameLabel, SCAMModulation, mask_of_latents
 from .races import PASSES
-from .report import Goal
 from .run import Run
 from .timing import Contender
 
@@ -42,13 +41,6 @@ SHAPES = [(64, 256), (128, 128), (512, 32), (1024, 8)]
 KINDS = {False: "simplex", True: "duplex"}
 # Compiling takes longer than all the rest.
 COMPILED = [(64, 256, 19), (64, 256, 151)]
-# Of the times of the published module to ours, by number of labels and pass.
-HEADLINE_GOALS = {
-    (19, False): 40,
-    (19, True): 50,
-    (151, False): 150,
-    (151, True): 100,
-}
 
 # Parameters of the published module and of ours.
 RENAMED = {
@@ -164,7 +156,6 @@ def test_modulation(run: Run, channels: int, side: int, num_labels: int, duplex:
     is_compiled = (channels, side, num_labels) in COMPILED
     compiled = published_by(run.compile(published.forward)) if is_compiled else None
     present = [entry.shape["labels_present"] for entry in (problem, all_labels)]
-    headline = HEADLINE_GOALS[num_labels, False], HEADLINE_GOALS[num_labels, True]
     for backward, name in PASSES.items():
         entries = [
             _ours("ours", problem, duplex, backward),
@@ -173,13 +164,12 @@ def test_modulation(run: Run, channels: int, side: int, num_labels: int, duplex:
         ]
         if compiled is not None:
             entries.append(problem.entry("compiled", compiled, weights, backward))
-        goals = [Goal("published", entry.name, at_least=headline[backward]) for entry in entries[:2]]
         run.compare(
             entries,
             table=f"Modulation, {KINDS[duplex]}, {name}: k = {LATENTS}, D = {ATTENTION_WIDTH}, float32; everything "
             "counted",
             row=f"{channels} channels, {side} x {side}, {num_labels} labels ({present[0]}, {present[1]} present)",
-            goals=goals if (channels, side) == SHAPES[0] else (),
+            goals=goals.module(num_labels, backward) if (channels, side) == SHAPES[0] else (),
             seconds=1.0,
         )
 

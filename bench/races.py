@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from . import feature_maps, label_maps, memory
 from .feature_maps import Problem, Sizes
+from .goals import GROWTH_WITH_LABELS, GROWTH_WITH_LATENTS, GROWTH_WITH_PIXELS, OVERHEAD
 from .report import Goal
 from .run import Run
 from .timing import Contender, Figure, skipped
@@ -89,7 +90,7 @@ def growth_with_labels(run: Run, operator: str, channels: int, side: int, backwa
             ],
             table=f"{operator}, growth with labels (regions): {Sizes().describe()}",
             row=f"{channels} channels, {side} x {side}, {PASSES[backward]}{', plan counted' if counted else ''}",
-            goals=(Goal("151 labels", "3 labels", at_most=1.15),),
+            goals=GROWTH_WITH_LABELS,
             seconds=1.5,
         )
 
@@ -107,7 +108,7 @@ def growth_with_pixels(run: Run, operator: str, backward: bool) -> None:
         "plan counted",
         row=PASSES[backward],
         unit="ns",
-        goals=(Goal("1024 x 1024", "256 x 256", at_most=1.15),),
+        goals=GROWTH_WITH_PIXELS,
     )
 
 
@@ -121,7 +122,7 @@ def growth_with_latents(run: Run, operator: str, backward: bool) -> None:
         ],
         table=f"{operator}, growth with latents of a label: 64 channels, 256 x 256, 19 labels, NCHW, float32",
         row=PASSES[backward],
-        goals=(Goal("k = 32", "k = 4", at_most=8),),
+        goals=GROWTH_WITH_LATENTS,
         seconds=2.0,
     )
 
@@ -143,7 +144,7 @@ def overhead(run: Run, operator: str, with_gradients: bool) -> None:
         table=f"{operator}, overhead of a call: 8 channels, 4 x 4 pixels, 2 labels of 2 latents, forward",
         row="with gradients" if with_gradients else "without gradients",
         unit="us",
-        goals=(Goal("ours", "instance_norm", at_most=2),),
+        goals=OVERHEAD,
         seconds=1.0,
     )
 

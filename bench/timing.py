@@ -39,7 +39,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 _MOST_ROUNDS = 25
 _MOST_CALLS_PER_TURN = 10
-_MOST_PREEMPTIONS = 100  # in a second; tens on a quiet machine, 250 when others compute
+MOST_PREEMPTIONS = 100  # in a second; tens on a quiet machine, 250 when others compute
 _SHORTEST_SAMPLE_SECONDS = 1e-3  # quicker calls are timed several at a time
 
 
@@ -100,7 +100,7 @@ class Figure:
     @property
     def disturbed(self) -> bool:
         """Whether other processes wanted the cores, which makes threads wait for each other: no time to trust."""
-        return self.preemptions is not None and self.preemptions > _MOST_PREEMPTIONS
+        return self.preemptions is not None and self.preemptions > MOST_PREEMPTIONS
 
 
 @dataclass(frozen=True)
