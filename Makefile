@@ -9,7 +9,7 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o 
 export SCA_REQUIRE_NATIVE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench sanitize native clean
+.PHONY: help demo test lint format bench report sanitize native clean
 
 help: ## list these targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ format: $(VENV)/.installed ## rewrite the sources in the project's style
 
 bench: native ## the benchmarks at full size
 	$(RUN) -m pytest bench/ --benchmark
+
+report: $(VENV)/.installed ## docs/performance.md and its pictures, from the results of make bench
+	$(RUN) -m bench.performance
 
 # Python itself is built without sanitizers, so their runtimes must be loaded before it starts;
 # libstdc++ too, or AddressSanitizer does not find the function that throws C++ exceptions. pytest
