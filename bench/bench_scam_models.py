@@ -27,7 +27,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from . import goals, memory
+from . import goals, memory, timing
 from .run import Run
 from .timing import Pace
 from .whole_models import CONFIGURATIONS, PASSES, TOLERANCE, make_problems
@@ -61,7 +61,7 @@ def noise_as_without_compiling(run: Run) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name, batch", ROWS)
 def test_models(run: Run, name: str, batch: int, dtype: torch.dtype, backward: bool) -> None:
-    if run.full and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if run.full and dtype == torch.bfloat16 and not timing.has_bfloat16():
         pytest.skip("without AVX-512 oneDNN has no convolution in bfloat16, and PyTorch's own takes minutes")
     problem, all_labels = make_problems(run, replace(CONFIGURATIONS[name], batch=batch, dtype=dtype))
     is_headline = batch == 1 and dtype == torch.float32

@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from sca_kernels import LabelMap
 
-from . import contenders, flex, label_maps, memory, timing
+from . import contenders, flex, label_maps, memory, races, timing
 from .contenders import entry
 from .dense import attention, attention_by_label, blocked_pairs
 from .goals import (
@@ -108,12 +108,12 @@ def test_latents_to_latents(run: Run, num_labels: int) -> None:
 def test_label_maps(run: Run, backward: bool) -> None:
     entries = []
     for kind in label_maps.makers():
-        num_labels = 3 if kind == "photograph" else HEADLINE_LABELS
-        problem = _pixels_to_latents(run, HEADLINE_SIDE, num_labels, kind=kind)
+        problem = _pixels_to_latents(run, HEADLINE_SIDE, races.labels_of(kind), kind=kind)
         entries.append(entry(kind, problem, contenders.ours_with_plan(problem), backward))
+    entries.append(entry("dense, any map", problem, contenders.dense(problem), backward))
     run.compare(
         entries,
-        table="Label maps: 65,536 pixels, 19 labels (photograph: 3) of 8 latents, D = 256, plan counted",
+        table="Label maps: 65,536 pixels, 19 labels (photographs: 3) of 8 latents, D = 256, plan counted",
         row=PASSES[backward],
     )
 

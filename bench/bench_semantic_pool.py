@@ -28,9 +28,14 @@ def test_every_pixel_its_own_label(run: Run, num_labels: int) -> None:
     races.against_dense(run, OPERATOR, num_labels, "random", goals.NOISE)
 
 
-@pytest.mark.parametrize("kind", ["regions", "stripes", "one_label"])
+@pytest.mark.parametrize("kind", races.KINDS)
 def test_label_maps(run: Run, kind: str) -> None:
-    races.against_dense(run, OPERATOR, races.LABELS, kind, ())
+    races.against_dense(run, OPERATOR, races.labels_of(kind), kind, ())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_threads(run: Run, count: int) -> None:
+    races.threads(run, OPERATOR, count)
 
 
 @pytest.mark.parametrize("backward", PASSES, ids=PASSES.get)

@@ -254,11 +254,14 @@ CHARTS = [
     Chart(
         "threads",
         "Threads",
-        f"{_RATIO}",
+        _RATIO,
         "ratios",
         [
-            Panel(name, rf"Threads(, {name})?, .*forward.*: .*")
-            for name in ("semantic_modulate", "semantic_pool", "modulation")
+            Panel("semantic_cross_attention", r"Threads, 65,536 pixels, .*"),
+            *(
+                Panel(name, rf"Threads, {name}, .*")
+                for name in ("semantic_modulate", "semantic_pool", "instance_modulate", "modulation")
+            ),
         ],
         left_out=("copy",),
     ),
