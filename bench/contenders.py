@@ -69,10 +69,9 @@ def lineup(
         copy(problem.query),
     ]
     absent = []
-    pairs = problem.query.shape[2] * problem.key.shape[2] * problem.query.shape[1]
-    masked_bytes = pairs * (3 * problem.query.element_size() + 1)
-    if masked_bytes > MOST_MASKED_BYTES:
-        reason = f"logits, masked logits, weights and mask would take {masked_bytes / 1e9:.1f} GB"
+    needed = masked_bytes(problem)
+    if needed > MOST_MASKED_BYTES:
+        reason = f"logits, masked logits, weights and mask would take {needed / 1e9:.1f} GB"
         absent += [skipped(name, problem.shape, reason) for name in ("dense", "compiled", "SDPA")]
     else:
         present.append(entry("dense", problem, dense(problem), backward, expected))
@@ -103,6 +102,12 @@ def lineup(
             present.append(flex_on_sorted(problem, expected, compiled_flex))
             present.append(entry("Flex + sort", problem, sort_and_attend, False, expected))
     return present, absent
+
+
+def masked_bytes(problem: Problem) -> int:
+    """What the tables of all pairs of ``dense`` take: mask, logits, masked logits and weights."""
+    pairs = problem.query.shape[2] * problem.key.shape[2] * problem.query.shape[1]
+    return pairs * (3 * problem.query.element_size() + 1)
 
 
 def ours(problem: Problem) -> Attention:

@@ -30,7 +30,6 @@ Compute = Callable[[Tensor, Rows], tuple[Tensor, ...]]
 
 EPS = 1e-5
 NEGATIVE_SLOPE = 0.2
-MOST_MASKED_BYTES = 4e9
 
 # Channels and side of the feature maps of the published models at 256 x 256.
 SHAPES = ((64, 256), (128, 128), (256, 64), (512, 32), (1024, 16), (1024, 8))

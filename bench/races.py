@@ -70,7 +70,7 @@ def against_dense(run: Run, operator: str, num_labels: int, kind: str, goals: Se
         ]
         absent: list[Figure] = []
         needed = feature_maps.masked_bytes(problem)
-        if needed > feature_maps.MOST_MASKED_BYTES:
+        if needed > contenders.MOST_MASKED_BYTES:
             reason = f"mask, logits, masked logits and weights would take {needed / 1e9:.1f} GB"
             absent += [skipped(name, problem.shape, reason) for name in ("dense", "autocast")]
         else:
