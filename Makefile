@@ -9,10 +9,10 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o 
 export SCA_REQUIRE_NATIVE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench report sanitize native clean
+.PHONY: help demo test lint format bench bench-check report sanitize native clean
 
 help: ## list these targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: native ## train a small SCAM on two portraits and exchange their backgrounds; writes a picture
 	$(RUN) demo/run.py
@@ -34,6 +34,9 @@ format: $(VENV)/.installed ## rewrite the sources in the project's style
 
 bench: native ## the benchmarks at full size
 	$(RUN) -m pytest bench/ --benchmark
+
+bench-check: native ## a few benchmarks again: has anything become slower than committed?
+	$(RUN) -m bench.check
 
 report: $(VENV)/.installed ## docs/performance.md and its pictures, from the results of make bench
 	$(RUN) -m bench.performance

@@ -226,6 +226,7 @@ def race(
     *,
     title: str = "instance_modulate",
     row: str = "",
+    compiled: bool = True,
 ) -> None:
     side, channels = run.choose(max(8, side // 16), side), run.choose(min(20, channels), channels)
     made = problem(kind, channels, side, form)
@@ -252,7 +253,7 @@ def race(
             entries.append(other.entry("separate", separate(other, drawn), backward, of_other))
         elif kind is not NORM:
             entries.append(made.entry("separate", separate(made), backward, expected[some]))
-            if kind is MAPS and form == Form():
+            if compiled and kind is MAPS and form == Form():
                 together = run.compile(separate(made))
                 entries.append(made.entry("compiled", together, backward, expected[some]))
                 after_norm = separate(made, compiled_by=run.compile)
@@ -293,7 +294,7 @@ def test_noise_per_element(run: Run, channels: int, side: int, form: Form) -> No
 def test_threads(run: Run, count: int) -> None:
     with timing.threads(count):
         row = f"{count} thread{'s' * (count > 1)}"
-        race(run, MAPS, *SHAPES[0], Form(), {}, title="Threads, instance_modulate", row=row)
+        race(run, MAPS, *SHAPES[0], Form(), {}, title="Threads, instance_modulate", row=row, compiled=False)
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])

@@ -126,13 +126,18 @@ def describe_machine(allocator: str) -> dict[str, str | float]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "device": _processor(),
         "cores": os.cpu_count() or 0,
-        "capability": cpu.CAPABILITIES[cpu.capability()] if cpu.why_not() is None else "none",
+        "capability": capability(),
         "torch": torch.__version__,
         "sca_kernels": sca_kernels.__version__,
         "commit": _commit(),
         "allocator": allocator,
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def capability() -> str:
+    """The instruction set that the kernels use."""
+    return cpu.CAPABILITIES[cpu.capability()] if cpu.why_not() is None else "none"
 
 
 def append(comparison: Comparison, machine: Mapping[str, str | float]) -> None:
