@@ -240,6 +240,12 @@ CHARTS = [
                 for order in ("NCHW", "channels last")
                 for table in (rf"k = 8, {order}, float32, regions of 19 labels",)
             ),
+            Panel(
+                "instance_modulate with maps of gamma and beta, forward, NCHW",
+                r"instance_modulate, forward: maps of gamma and beta, noise per pixel, leaky ReLU, NCHW, float32",
+                _FIRST,
+                copies=2.5,
+            ),
             *(
                 Panel(
                     f"encoder + generator, {name}",

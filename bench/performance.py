@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from . import charts, recorded
@@ -184,6 +185,9 @@ def _content(chart: Chart, panel: Panel, found: Sequence[Recorded]) -> list[Grou
         else:
             bars = [_value_bar(entry, comparison.unit) for entry in shown.values()]
             name = comparison.row
+            if chart.kind == "parts":
+                total = f"{_number(sum(bar.value for bar in bars))} {comparison.unit}"
+                bars = [replace(bar, text=total) for bar in bars]
         if bars:
             groups.append(Group(name, bars))
     return groups
