@@ -21,14 +21,13 @@ networks are as far off. In float64 the tests of ``scam_models`` find 1e-9.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
-from . import memory
-from .report import Goal
+from . import goals, memory, timing
 from .run import Run
 from .timing import Pace
 from .whole_models import CONFIGURATIONS, PASSES, TOLERANCE, make_problems
@@ -41,19 +40,6 @@ MEMORY_ORDER = {False: torch.channels_last, True: torch.contiguous_format}
 COMPILED = {("CelebAMask-HQ", False), ("ADE20K", False)}
 
 
-@dataclass(frozen=True)
-class Goals:
-    """Times of the others over ours, in inference and training, and ours over the convolutions', in inference."""
-
-    published: tuple[float, float]
-    compiled: float
-    convolutions: float
-
-
-GOALS = {
-    "CelebAMask-HQ": Goals(published=(8, 5.5), compiled=5, convolutions=1.4),
-    "ADE20K": Goals(published=(45, 22), compiled=18, convolutions=1.8),
-}
 # Four images of 151 labels would take the published networks a minute and 20 GB.
 BATCHES = {"CelebAMask-HQ": (1, 4), "ADE20K": (1,), "iDesigner": (1, 4)}
 ROWS = [(name, batch) for name, batches in BATCHES.items() for batch in batches]
@@ -75,7 +61,7 @@ def noise_as_without_compiling(run: Run) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name, batch", ROWS)
 def test_models(run: Run, name: str, batch: int, dtype: torch.dtype, backward: bool) -> None:
-    if run.full and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if run.full and dtype == torch.bfloat16 and not timing.has_bfloat16():
         pytest.skip("without AVX-512 oneDNN has no convolution in bfloat16, and PyTorch's own takes minutes")
     problem, all_labels = make_problems(run, replace(CONFIGURATIONS[name], batch=batch, dtype=dtype))
     is_headline = batch == 1 and dtype == torch.float32
@@ -102,7 +88,7 @@ def test_models(run: Run, name: str, batch: int, dtype: torch.dtype, backward: b
         + ("float32" if dtype == torch.float32 else "bfloat16 autocast"),
         row=f"{name}, batch {batch}, {problem.sizes.num_labels} labels ({', '.join(present)} present)",
         dtype=problem.sizes.dtype,
-        goals=_goals(name, backward) if is_headline else (),
+        goals=goals.model(name, backward) if is_headline else (),
         # The published networks take half a minute for a step with 151 labels.
         pace=Pace(seconds=15.0, turn_seconds=0.5, fewest_rounds=1),
         tolerance=TOLERANCE[problem.sizes.dtype][backward],
@@ -125,17 +111,5 @@ def test_peak_memory(run: Run) -> None:
         table="Encoder + generator, peak memory of a training step: k = 8, float32, gradients counted",
         row="ADE20K, batch 1, 151 labels",
         unit="MiB",
-        goals=[Goal(name, "published", at_most=0.25) for name in ("ours", "all labels")],
+        goals=goals.MODEL_MEMORY,
     )
-
-
-def _goals(name: str, backward: bool) -> Sequence[Goal]:
-    if name not in GOALS:
-        return ()
-    wanted, ours = GOALS[name], ("ours", "all labels")
-    goals = [Goal("published", entry, at_least=wanted.published[backward]) for entry in ours]
-    if not backward:
-        goals += [Goal("compiled", entry, at_least=wanted.compiled) for entry in ours]
-        for floor in ("convolutions", "convolutions of PyTorch"):
-            goals += [Goal(entry, floor, at_most=wanted.convolutions) for entry in ours]
-    return goals
