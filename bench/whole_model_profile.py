@@ -44,6 +44,7 @@ PARTS_OF_PUBLISHED = {
     "upsample": "nearest upsampling",
     "layer_norm": "layer norms",
     "batch_norm": "instance norms",
+    "copy_": "copies",
 }
 OTHER = "other operators"
 OUTSIDE = "Python and the way to the operators"
