@@ -78,6 +78,7 @@ def _feature_maps(operator: str) -> list[Chart]:
             "every call. `random` is the worst case: every pixel has a random label.",
             "ratios",
             _by_pass(rf"{operator} on label maps, {{}}: .*float32"),
+            left_out=("instance_norm", "autocast"),
         ),
         *(
             Chart(

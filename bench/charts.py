@@ -170,7 +170,9 @@ def curves(panels: Sequence[tuple[str, Sequence[Curve]]], path: Path, *, x_label
             ticks = sorted({x for curve in drawn for x, _ in curve.points})
             axes.set_xticks(ticks, [_plain(tick) for tick in ticks], rotation=45, ha="right")
             axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
             axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel(x_label)
         all_axes[0, 0].set_ylabel(y_label)
         handles = {}

@@ -70,8 +70,9 @@ def _introduction(comparisons: Sequence[Recorded]) -> list[str]:
         "hand except the reasons in the table of goals (`bench/goals.py`).",
         "",
         "How figures come about: all ways to compute a thing take turns in one process, round after round, on the same "
-        "data, and each result is compared with one in float64 before it is timed; a wrong one gets no figure. A time "
-        "is the median of all calls, a ratio that of two medians of one run, with the quartiles of the rounds' ratios. "
+        "data, and each result is checked before it is timed, against one in float64 (whole models: against that of "
+        "the published code); a wrong one gets no figure. A time is the median of all calls, a ratio that of two "
+        "medians of one run, with the quartiles of the rounds' ratios. Memory is counted at the allocator, not timed. "
         f"Freed memory is kept for the next call, for all alike, except where a title says otherwise.{DISTURBED} marks "
         "figures during which other processes took the cores: not to be relied upon. All figures, with medians, "
         "quartiles, types, threads and commits, are in [tables.md](performance/tables.md).",

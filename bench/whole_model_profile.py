@@ -45,6 +45,7 @@ PARTS_OF_PUBLISHED = {
     "upsample": "nearest upsampling",
     "layer_norm": "layer norms",
     "batch_norm": "instance norms",
+    "copy_": "copies",
 }
 OTHER = "other operators"
 OUTSIDE = "Python, the way to the operators, the profiler"

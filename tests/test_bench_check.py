@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import recorded
+from bench import recorded, report, timing
 from bench.check import ATTEMPTS, Attempt, Guard, decide
 from bench.recorded import Machine, Measurement, Recorded
-from bench.timing import MOST_PREEMPTIONS, Figure
+from bench.run import Run
+from bench.timing import MOST_PREEMPTIONS, Contender, Figure, Pace
 
 WHAT = {"benchmark": "nn", "table": "table", "row": "row", "dtype": "float32", "threads": 1}
 
@@ -133,3 +137,18 @@ def test_only_what_is_committed_counts(tmp_path: Path, monkeypatch: pytest.Monke
         subprocess.run([*git, *command], check=True)
     (results / "nn.jsonl").write_text(json.dumps({**json.loads(recorded_line), "row": "not committed"}) + "\n")
     assert [comparison.row for comparison in recorded.committed("nn")] == [json.loads(recorded_line)["row"]]
+
+
+def test_a_run_holds_its_comparisons_and_records_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    zeros, pace = (torch.zeros(2),), Pace(seconds=0.01, turn_seconds=0.001)
+    contenders = [Contender(name, lambda: zeros, zeros, {}) for name in ("ours", "dense")]
+    for ratio, expectation in ((1e-3, nullcontext()), (1e3, pytest.raises(pytest.fail.Exception, match="fell: dense"))):
+        run = Run(full=True, guard=guard(committed(ratio)))
+        run.benchmark = "nn"
+        # Other processes may take the cores here, which proves nothing.
+        monkeypatch.setattr("bench.timing.MOST_PREEMPTIONS", math.inf)
+        with timing.threads(1), expectation:
+            run.compare(contenders, table="table", row="row", pace=pace)
+        run.record(figures(10.0), table="table", row="row")
+    assert list(tmp_path.iterdir()) == []

@@ -92,7 +92,7 @@ def test_only_the_newest_of_a_machine_counts(change: dict[str, Any], kept: list[
 
 
 def test_figures_that_are_wrong_or_unchecked_are_not_shown() -> None:
-    lines = [line("ours"), failed("dense"), line("SDPA", relative_error=None)]
+    lines = [line("ours"), failed("dense"), line("SDPA", relative_error=None), line("loop", problem="failed: it")]
     (comparison,) = recorded.read(lines)
     assert list(comparison.shown) == ["ours"]
     assert comparison.ratio("dense", "ours") is None
@@ -139,6 +139,8 @@ def test_the_worst_figure_is_shown() -> None:
     lines += [line("ours", row="disturbed"), line("dense", 1.0, row="disturbed", preemptions_per_second=500.0)]
     figure, _ = performance.judge(Target("", ".*", ".*", [Goal("dense", "ours", at_least=4)]), recorded.read(lines))
     assert figure.startswith("1.5x") and figure.endswith("bad")
+    figure, _ = performance.judge(Target("", ".*", ".*", [Goal("ours", "dense", at_most=1)]), recorded.read(lines))
+    assert figure.startswith("0.667x") and figure.endswith("bad")
 
 
 def test_the_page_states_what_ran_where(tmp_path: Path) -> None:
