@@ -182,6 +182,17 @@ CHARTS = [
         ],
     ),
     Chart(
+        "layers",
+        "The attention layers of a model, one by one",
+        f"CelebAMask-HQ, one training step, float32, each layer with what it gets in the model. {_RATIO} Convolutions "
+        "are the same before and after and not shown; ADE20K is in the tables.",
+        "ratios",
+        [
+            Panel(part, r"Layer by layer, training step: CelebAMask-HQ.*", rf"{part}\..*")
+            for part in ("encoder", "generator")
+        ],
+    ),
+    Chart(
         "breakdown",
         "Where the time of a model goes",
         "By PyTorch's profiler, before (published) and after (ours). The profiler makes a run a few percent slower.",

@@ -95,10 +95,19 @@ def parts(height: int, width: int, num_labels: int) -> Tensor:
     return LabelMap.from_labels(labels, num_labels).at(height, width).labels.contiguous()
 
 
+def figures(height: int, width: int, num_labels: int) -> Tensor:
+    """Three procedural figures of ``scam make-data`` side by side, the labels of each apart: 18 in all."""
+    from scam_models.data import FigureSeeds
+
+    drawn = [FigureSeeds(seed, seed, seed).draw(512, 512).labels + 6 * seed for seed in range(3)]
+    labels = torch.cat(drawn, dim=1).to(torch.int32)[None] % num_labels
+    return LabelMap.from_labels(labels, num_labels).at(height, width).labels.contiguous()
+
+
 def makers() -> dict[str, Callable[[int, int, int], Tensor]]:
     """The kinds of maps that can be made here, by name."""
     kinds: dict[str, Callable[[int, int, int], Tensor]] = {
-        kind.__name__: kind for kind in (regions, blocks, stripes, one_label, random)
+        kind.__name__: kind for kind in (regions, blocks, stripes, one_label, figures, random)
     }
     kinds |= {f"blobs_{size}": functools.partial(blobs, size=size) for size in BLOBS}
     if any(PHOTOGRAPHS.glob("*.png")):

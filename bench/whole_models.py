@@ -254,7 +254,7 @@ class Problem:
         compiled_by: Compiler = no_compiler,
     ) -> Contender:
         """Our networks, with a label map that is new in every call, as if it came with a new image."""
-        model = self._our_model(memory_format).train(backward)
+        model = self.our_model(memory_format).train(backward)
         own, names = dict(model.named_parameters()), published_names(model)
         run = compiled_by(model)
 
@@ -268,9 +268,9 @@ class Problem:
         self, name: str, *, backward: bool, ours: bool, memory_format: torch.memory_format | None = None
     ) -> Contender:
         """What is left without attention and modulation, of our networks or of the published ones."""
-        model: nn.Module = self._our_model(memory_format) if ours else self.published
+        model: nn.Module = self.our_model(memory_format) if ours else self.published
         given = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-        generator = self._our_model(None).generator.configuration
+        generator = self.our_model().generator.configuration
         network = Convolutions(given, generator.sizes[1:])
         small_map = F.interpolate(self.one_hot, size=generator.sizes[0])
         if memory_format is not None:
@@ -313,7 +313,8 @@ class Problem:
             self._starts[result.shape] = torch.randn(result.shape, generator=generator, dtype=self.image.dtype)
         return self._starts[result.shape].to(result.dtype)
 
-    def _our_model(self, memory_format: torch.memory_format | None) -> Scam:
+    def our_model(self, memory_format: torch.memory_format | None = None) -> Scam:
+        """Our networks with the published weights."""
         published = self.published
         model = Scam(
             Encoder(encoder_configuration(**published.encoder_arguments)),

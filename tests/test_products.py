@@ -9,7 +9,16 @@ import torch
 from tokens import error_ratio
 from torch import Tensor, nn
 
+from sca_kernels.folding import products
 from sca_kernels.folding.products import linear
+
+
+@pytest.fixture(autouse=True, params=["MKL", "oneDNN"])
+def library(request, monkeypatch):
+    """Both libraries, whichever is the quicker one on this processor."""
+    if request.param == "oneDNN" and not products._has_onednn:
+        pytest.skip("PyTorch has no oneDNN here")
+    monkeypatch.setattr(products, "_prefers_onednn", request.param == "oneDNN")
 
 
 @pytest.mark.parametrize("rows", [(3,), (64, 9), (40, 300), (2, 40, 300)])
