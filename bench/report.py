@@ -231,10 +231,13 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """The commit, marked if files other than the results differ from it."""
     folder = Path(__file__).parent
+    describe = ["git", "describe", "--always", "--exclude=*"]
+    compare = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)bench/results"]
     try:
-        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        found = subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True)
+        changed = subprocess.run(compare, cwd=folder, capture_output=True).returncode != 0
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+    return found.stdout.strip() + ("-dirty" if changed else "")
