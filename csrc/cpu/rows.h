@@ -75,6 +75,7 @@ inline Vector<ComputeType<Scalar>> load_widened(const Scalar* source) {
 template <typename Scalar>
 inline Vector<ComputeType<Scalar>> load_widened(const Scalar* source, int64_t count) {
   using T = ComputeType<Scalar>;
+  if (count == kLanes<T>) return load_widened(source);
   if constexpr (std::is_same_v<Scalar, T>) return load_some(source, count);
   T lanes[kLanes<T>] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = widen(source[i]);
@@ -95,6 +96,7 @@ inline void store_narrowed(Scalar* target, Vector<ComputeType<Scalar>> value) {
 template <typename Scalar>
 inline void store_narrowed(Scalar* target, Vector<ComputeType<Scalar>> value, int64_t count) {
   using T = ComputeType<Scalar>;
+  if (count == kLanes<T>) return store_narrowed(target, value);
   if constexpr (std::is_same_v<Scalar, T>) {
     store_some<T>(target, value, count);
   } else {

@@ -79,6 +79,18 @@ inline Vector<T> broadcast(T value) {
   return value - Vector<T>{};
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits of the first `count` lanes.
+template <typename T>
+inline __m256i first_lanes(int64_t count) {
+  if constexpr (sizeof(T) == 4) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  } else {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+}
+#endif
+
 // The first `count` lanes; nothing behind them is touched.
 template <typename T>
 inline Vector<T> load_some(const T* source, int64_t count) {
@@ -86,6 +98,9 @@ inline Vector<T> load_some(const T* source, int64_t count) {
   const auto mask = static_cast<uint16_t>((1u << count) - 1);
   if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(mask, source);
   if constexpr (sizeof(T) == 8) return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), source);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_maskload_ps(source, first_lanes<T>(count));
+  if constexpr (sizeof(T) == 8) return _mm256_maskload_pd(source, first_lanes<T>(count));
 #else
   T lanes[kLanes<T>] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = source[i];
@@ -98,6 +113,9 @@ inline void store_some(T* target, Vector<T> value, int64_t count) {
   const auto mask = static_cast<uint16_t>((1u << count) - 1);
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(target, mask, value);
   if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(target, static_cast<__mmask8>(mask), value);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) _mm256_maskstore_ps(target, first_lanes<T>(count), value);
+  if constexpr (sizeof(T) == 8) _mm256_maskstore_pd(target, first_lanes<T>(count), value);
 #else
   T lanes[kLanes<T>];
   store<T>(lanes, value);

@@ -29,7 +29,7 @@ class TurnedTile {
   }
 
   void load(const FeatureMap<Scalar>& map, const Rectangle& place) const {
-    each_square(map, place, [&](Scalar* pixels, T* turned, int64_t channel, int64_t count) {
+    each_square(map, place, [&](Scalar* pixels, T* turned, int64_t channel, auto count) {
       Vector<T> square[kLanes<T>];
 #pragma GCC unroll 16
       for (int64_t k = 0; k < kLanes<T>; ++k) {
@@ -41,7 +41,7 @@ class TurnedTile {
   }
 
   void store_to(const FeatureMap<Scalar>& map, const Rectangle& place) const {
-    each_square(map, place, [&](Scalar* pixels, const T* turned, int64_t channel, int64_t count) {
+    each_square(map, place, [&](Scalar* pixels, const T* turned, int64_t channel, auto count) {
       Vector<T> square[kLanes<T>] = {};
       for (int64_t k = 0; k < count; ++k) square[k] = sca::SCA_CPU_CAPABILITY::load(turned + k * channels_ + channel);
       transpose<T>(square);
@@ -53,17 +53,25 @@ class TurnedTile {
   }
 
  private:
-  // Calls visit(pixels in the map, the first of them here, first channel, number of pixels) for each square.
+  static constexpr int64_t kLine = larger(64 / int64_t{sizeof(Scalar)}, kLanes<T>);  // pixels in a line of the cache
+
+  // Calls visit(pixels in the map, the first of them here, first channel, number of pixels) for each square; that
+  // number is a constant where it is that of a vector's lanes. Squares that share lines of the cache come one after
+  // another: planes a power of two apart share its sets too, and few of their lines stay in it.
   template <typename Visit>
   void each_square(const FeatureMap<Scalar>& map, const Rectangle& place, const Visit& visit) const {
     const bool one_line = map.row_stride == place.width;
     const int64_t lines = one_line ? 1 : place.height, size = one_line ? place.height * place.width : place.width;
     for (int64_t line = 0; line < lines; ++line) {
-      for (int64_t i = 0; i < size; i += kLanes<T>) {
-        Scalar* pixels = map.at(place.row + line, place.column + i);
-        T* turned = memory_ + (line * size + i) * channels_;
+      Scalar* pixels = map.at(place.row + line, place.column);
+      T* turned = memory_ + line * size * channels_;
+      for (int64_t begin = 0; begin < size; begin += kLine) {
+        const int64_t end = smaller(begin + kLine, size), whole_end = end - end % kLanes<T>;
         for (int64_t channel = 0; channel < channels_; channel += kLanes<T>) {
-          visit(pixels, turned, channel, smaller(kLanes<T>, size - i));
+          for (int64_t i = begin; i < whole_end; i += kLanes<T>) {
+            visit(pixels + i, turned + i * channels_, channel, std::integral_constant<int64_t, kLanes<T>>{});
+          }
+          if (whole_end < end) visit(pixels + whole_end, turned + whole_end * channels_, channel, end - whole_end);
         }
       }
     }
