@@ -68,6 +68,15 @@ struct Rows {
   }
 };
 
+// The channels of a pixel, in memory or in a copy in shared memory.
+template <typename Scalar>
+struct Features {
+  const Scalar* first;
+  int64_t step;
+
+  SCA_DEVICE float operator[](int64_t channel) const { return widen(first[channel * step]); }
+};
+
 // Logits: <key, x> and biases by latent, row of the image and column. A number of row r and pixel p of a tile is at
 // [r * kTilePixels + p].
 template <typename Scalar>
@@ -98,15 +107,25 @@ struct Logits {
     return {block, begin, static_cast<int>(pixels), static_cast<int>(rows.heads * block.latents)};
   }
   SCA_DEVICE uint32_t pixel(const Tile& tile, int p) const { return blocks.pixel(tile.block.image, tile.begin + p); }
-  SCA_DEVICE int64_t offset(const sca_feature_map& map, const Tile& tile, int p) const {
-    return offset_of(map, tile.block.image, 0) + Pixels{static_cast<uint32_t>(width)}.offset(map, pixel(tile, p));
+  // Where the pixel at a position of an image's plan has its first channel.
+  SCA_DEVICE int64_t offset(const sca_feature_map& map, int64_t image, int64_t position) const {
+    const Pixels pixels = {static_cast<uint32_t>(width)};
+    return offset_of(map, image, 0) + pixels.offset(map, blocks.pixel(image, position));
   }
-  SCA_DEVICE float feature(const sca_feature_map& map, int64_t offset, int64_t channel) const {
-    return widen(static_cast<const Scalar*>(map.data)[offset + channel * map.channel_stride]);
+  SCA_DEVICE int64_t offset(const sca_feature_map& map, const Tile& tile, int p) const {
+    return offset(map, tile.block.image, tile.begin + p);
+  }
+  SCA_DEVICE Features<Scalar> features(const sca_feature_map& map, int64_t image, int64_t position) const {
+    return {static_cast<const Scalar*>(map.data) + offset(map, image, position), map.channel_stride};
+  }
+  SCA_DEVICE Features<Scalar> features(const sca_feature_map& map, const Tile& tile, int p) const {
+    return features(map, tile.block.image, tile.begin + p);
   }
 
-  template <typename Shared>
-  SCA_DEVICE void compute(const Block& run, const Tile& tile, Shared& shared, float* logits) const {
+  // Of pixels whose features are features_of(p).
+  template <typename Shared, typename FeaturesOf>
+  SCA_DEVICE void compute(const Block& run, const Tile& tile, Shared& shared, float* logits,
+                          const FeaturesOf& features_of) const {
     for (int first = 0; first < tile.rows; first += kRowGroup) {
       const auto products = [&](int p, int lane, float (&sums)[kRowGroup]) {
         if (!keys) return;
@@ -114,9 +133,9 @@ struct Logits {
 #pragma unroll
         for (int i = 0; i < kRowGroup; ++i)
           key[i] = keys + rows.index(tile, smaller(first + i, tile.rows - 1)) * channels;
-        const int64_t base = offset(x, tile, p);
+        const Features<Scalar> x_of = features_of(p);
         for (int64_t c = lane; c < channels; c += lanes.channels) {
-          const float value = feature(x, base, c);
+          const float value = x_of[c];
 #pragma unroll
           for (int i = 0; i < kRowGroup; ++i) sums[i] += value * key[i][c];
         }
@@ -130,6 +149,10 @@ struct Logits {
         logits[row * kTilePixels + p] = sum;
       });
     }
+  }
+  template <typename Shared>
+  SCA_DEVICE void compute(const Block& run, const Tile& tile, Shared& shared, float* logits) const {
+    compute(run, tile, shared, logits, [&](int p) { return features(x, tile, p); });
   }
 };
 
