@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "label_blocks.h"
+#include "products.h"
 
 namespace sca::cuda {
 
@@ -51,6 +52,30 @@ struct TileLanes {
   }
 };
 
+// Calls finish(row, p, sum of a_of(p)[k] b_of(row)[k] over k < depth) for the pixels of a tile and all rows.
+template <typename ScalarA, typename ScalarB, typename Shared, typename A, typename B, typename Finish>
+SCA_DEVICE void multiply_tile(const Block& run, int pixels, int rows, int64_t depth, Shared& shared, const A& a_of,
+                              const B& b_of, const Finish& finish) {
+  constexpr int kParts = kThreads / kTilePixels / 2;  // with which all warps of a block have a piece
+  for (int first = 0; first < rows; first += kRowGroup) {
+    const int count = smaller(rows - first, kRowGroup);
+    run.each_thread([&](int thread) {
+      multiply<ScalarA, ScalarB>(
+          run, thread, pixels, count, depth, kParts, a_of, [&](int64_t i) { return b_of(first + i); },
+          [&](int part, int64_t p, int64_t i, float sum) { shared.sums[i][part * kTilePixels + p] = sum; });
+    });
+    run.each_thread([&](int thread) {
+      for (int index = thread; index < count * pixels; index += run.threads()) {
+        const int i = index / pixels, p = index % pixels;
+        float sum = 0;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) sum += shared.sums[i][part * kTilePixels + p];
+        finish(first + i, p, sum);
+      }
+    });
+  }
+}
+
 // A tile is some of the pixels of a label block.
 struct Tile {
   LabelBlock block;
@@ -66,15 +91,6 @@ struct Rows {
     const int64_t head = row / tile.block.latents;
     return (tile.block.image * heads + head) * latents + tile.block.first_latent + row % tile.block.latents;
   }
-};
-
-// The channels of a pixel, in memory or in a copy in shared memory.
-template <typename Scalar>
-struct Features {
-  const Scalar* first;
-  int64_t step;
-
-  SCA_DEVICE float operator[](int64_t channel) const { return widen(first[channel * step]); }
 };
 
 // Logits: <key, x> and biases by latent, row of the image and column. A number of row r and pixel p of a tile is at
@@ -126,33 +142,22 @@ struct Logits {
   template <typename Shared, typename FeaturesOf>
   SCA_DEVICE void compute(const Block& run, const Tile& tile, Shared& shared, float* logits,
                           const FeaturesOf& features_of) const {
-    for (int first = 0; first < tile.rows; first += kRowGroup) {
-      const auto products = [&](int p, int lane, float (&sums)[kRowGroup]) {
-        if (!keys) return;
-        const float* key[kRowGroup];
-#pragma unroll
-        for (int i = 0; i < kRowGroup; ++i)
-          key[i] = keys + rows.index(tile, smaller(first + i, tile.rows - 1)) * channels;
-        const Features<Scalar> x_of = features_of(p);
-        for (int64_t c = lane; c < channels; c += lanes.channels) {
-          const float value = x_of[c];
-#pragma unroll
-          for (int i = 0; i < kRowGroup; ++i) sums[i] += value * key[i][c];
-        }
-      };
-      lanes.sum_group(run, tile.pixels, tile.rows, first, shared, products, [&](int row, int p, float sum) {
-        const int64_t index = rows.index(tile, row);
-        const uint32_t place = pixel(tile, p), w = static_cast<uint32_t>(width);
-        if (key_bias) sum += key_bias[index];
-        if (row_bias) sum += row_bias[index * height + place / w];
-        if (col_bias) sum += col_bias[index * width + place % w];
-        logits[row * kTilePixels + p] = sum;
-      });
-    }
+    const auto key_of = [&](int64_t row) -> Features<float> {
+      return {keys ? keys + rows.index(tile, static_cast<int>(row)) * channels : nullptr, 1};
+    };
+    multiply_tile<Scalar, float>(run, tile.pixels, tile.rows, keys ? channels : 0, shared, features_of, key_of,
+                                 [&](int row, int p, float sum) {
+                                   const int64_t index = rows.index(tile, row);
+                                   const uint32_t place = pixel(tile, p), w = static_cast<uint32_t>(width);
+                                   if (key_bias) sum += key_bias[index];
+                                   if (row_bias) sum += row_bias[index * height + place / w];
+                                   if (col_bias) sum += col_bias[index * width + place % w];
+                                   logits[row * kTilePixels + p] = sum;
+                                 });
   }
   template <typename Shared>
   SCA_DEVICE void compute(const Block& run, const Tile& tile, Shared& shared, float* logits) const {
-    compute(run, tile, shared, logits, [&](int p) { return features(x, tile, p); });
+    compute(run, tile, shared, logits, [&](int64_t p) { return features(x, tile, static_cast<int>(p)); });
   }
 };
 

@@ -71,7 +71,7 @@ struct Forward {
         const LabelBlock run = logits.blocks.run(of.image, begin, of.begin + of.pixels);
         for (; begin < run.end; begin += logits.lanes.pixels) {
           const Tile tile = logits.tile(run, begin);
-          const auto features_of = [&](int p) { return features(cluster.extra(), of, tile, p); };
+          const auto features_of = [&](int64_t p) { return features(cluster.extra(), of, tile, static_cast<int>(p)); };
           modulation.attend(block, tile, shared, weights, features_of);
           block.each_thread([&](int thread) { write(tile, thread, weights, features_of); });
         }

@@ -37,7 +37,7 @@ struct Backward {
     run.each_thread([&](int thread) { clear(run, item, block, thread); });
     for (int64_t begin = block.begin; begin < block.end; begin += modulation.logits.lanes.pixels) {
       const Tile tile = modulation.logits.tile(block, begin);
-      modulation.attend(run, tile, shared, weights, [&](int p) { return features(tile, p); });
+      modulation.attend(run, tile, shared, weights, [&](int64_t p) { return features(tile, static_cast<int>(p)); });
       differentiate_logits(run, tile, shared, weights, grad_logits);
       if (position.values) {
         run.each_thread([&](int thread) {

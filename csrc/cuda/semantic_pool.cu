@@ -21,8 +21,6 @@ struct PartialPools {
   float* partial;        // ((image * heads + head) * blocks.rows + row) * row_size()
   Moments* moments;      // of the label blocks, (image * channels + channel) * blocks.per_image + block; null: not made
 
-  static constexpr int kRows = 4;  // that a thread sums at once
-
   struct Shared {
     float sums[kRowGroup][kThreads];
     float weights[kSharedRows * kTilePixels];
@@ -62,9 +60,9 @@ struct PartialPools {
           staging.fill(run, logits, block.image, begin, tile.pixels, shared.barrier, copy);
         }
       }
-      logits.compute(run, tile, shared, weights, [&](int p) -> Features<Scalar> {
-        if constexpr (kStaged) return staging.features(copy, p);
-        return logits.features(logits.x, tile, p);
+      logits.compute(run, tile, shared, weights, [&](int64_t p) -> Features<Scalar> {
+        if constexpr (kStaged) return staging.features(copy, static_cast<int>(p));
+        return logits.features(logits.x, tile, static_cast<int>(p));
       });
       run.each_thread([&](int thread) {
         if (thread < tile.pixels) position.store_tile(tile, thread, logits.pixel(tile, thread), weights);
@@ -79,15 +77,15 @@ struct PartialPools {
           for (int64_t c = thread; moments && c < logits.channels; c += run.threads()) {
             moments_of(block, item, c).merge(staging.moments(copy, c, 0, 1, tile.pixels));
           }
-          add_rows(run, tile, thread, 0, logits.channels, weights, first_tile,
-                   [&](int64_t c, int p) { return staging.features(copy, p)[c]; });
+          add_rows<Scalar>(run, tile, thread, 0, logits.channels, weights, first_tile,
+                           [&](int64_t c) { return staging.pixels_of(copy, c); });
         });
       } else {
         for (int64_t first = 0; first < logits.channels; first += kChannels) {
           run.each_thread([&](int thread) { fill(tile, thread, first, shared); });
           run.each_thread([&](int thread) {
-            add_rows(run, tile, thread, first, smaller<int64_t>(logits.channels - first, kChannels), weights,
-                     first_tile, [&](int64_t c, int p) { return shared.x[c][p]; });
+            add_rows<float>(run, tile, thread, first, smaller<int64_t>(logits.channels - first, kChannels), weights,
+                            first_tile, [&](int64_t c) -> Features<float> { return {shared.x[c], 1}; });
           });
         }
       }
@@ -109,30 +107,18 @@ struct PartialPools {
     }
   }
 
-  // To the sums of `count` channels from `begin` on, where x(c, p) is the number of pixel p and channel begin + c.
-  template <typename X>
+  // To the sums of `count` channels from `begin` on, where x_of(c) has the pixels of channel begin + c.
+  template <typename Number, typename XOf>
   SCA_DEVICE void add_rows(const Block& run, const Tile& tile, int thread, int64_t begin, int64_t count,
-                           const float* weights, bool first_tile, const X& x) const {
-    const auto channels = static_cast<uint32_t>(count);
-    const uint32_t groups = static_cast<uint32_t>(divide_up(tile.rows, kRows));
-    for (uint32_t index = thread; index < groups * channels; index += run.threads()) {
-      const int first = static_cast<int>(index / channels) * kRows, c = static_cast<int>(index % channels);
-      float sums[kRows] = {};
-      for (int p = 0; p < tile.pixels; ++p) {
-        const float value = x(c, p);
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          sums[i] += weights[smaller(first + i, tile.rows - 1) * kTilePixels + p] * value;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        if (first + i >= tile.rows) break;
-        float* const target = row(tile, first + i);
-        const float factor = target[logits.channels + kFactor];
-        target[begin + c] = first_tile ? sums[i] : target[begin + c] * factor + sums[i];
-      }
-    }
+                           const float* weights, bool first_tile, const XOf& x_of) const {
+    multiply<Number, float>(
+        run, thread, count, tile.rows, tile.pixels, 1, x_of,
+        [&](int64_t r) -> Features<float> { return {weights + r * kTilePixels, 1}; },
+        [&](int, int64_t c, int64_t r, float sum) {
+          float* const target = row(tile, static_cast<int>(r));
+          const float factor = target[logits.channels + kFactor];
+          target[begin + c] = first_tile ? sum : target[begin + c] * factor + sum;
+        });
   }
 };
 

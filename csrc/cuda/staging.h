@@ -64,7 +64,7 @@ SCA_DEVICE void copy_rows(const Block& block, CopyBarrier& barrier, int rows, ui
 }
 
 // Where the copies of up to `pixels` pixels are: rows of channels or rows of pixels, as in memory, with gaps between
-// the rows so that neither products over channels nor sums over pixels find their numbers in the same bank.
+// the rows so that the lanes of a warp find few of a product's numbers in the same bank.
 template <typename Scalar>
 struct Staging {
   int64_t channels, step;  // between rows
@@ -78,8 +78,8 @@ struct Staging {
     const sca_feature_map& x = logits.x;
     whole_rows = along_channels &&
                  allows_packs(x, true, channels, logits.height, logits.width, sizeof(Scalar), static_cast<int>(kPack));
-    constexpr int64_t kOfWord = 4 / sizeof(Scalar);
-    step = along_channels ? divide_up(channels, 8) * 8 + 8 : (divide_up(pixels, kOfWord) | 1) * kOfWord;
+    constexpr int64_t kLine = 32 / sizeof(Scalar), kGap = 16 / sizeof(Scalar);
+    step = along_channels ? (divide_up(channels, kLine) * kLine) + kGap : divide_up(pixels, kLine) * kLine + kGap;
   }
   SCA_HOST_DEVICE int64_t bytes() const { return divide_up((along_channels ? pixels : channels) * step, kPack) * 16; }
 
@@ -89,18 +89,22 @@ struct Staging {
   SCA_DEVICE Features<Scalar> features(const char* memory, int p) const {
     return {reinterpret_cast<const Scalar*>(memory) + index(p, 0), along_channels ? 1 : step};
   }
+  // The same numbers, by channel.
+  SCA_DEVICE Features<Scalar> pixels_of(const char* memory, int64_t channel) const {
+    return {reinterpret_cast<const Scalar*>(memory) + index(0, channel), along_channels ? step : 1};
+  }
 
   // The moments of a channel at the pixels first, first + stride, ... of the `count` that have been copied, from
   // differences to the first of them: a mean that is large beside the deviations costs nothing.
   SCA_DEVICE Moments moments(const char* memory, int64_t channel, int first, int stride, int count) const {
     if (first >= count) return {};
-    const auto value = [&](int p) { return features(memory, p)[channel]; };
-    const float shift = value(first), number = static_cast<float>((count - first - 1) / stride + 1);
+    const Features<Scalar> x = pixels_of(memory, channel);
+    const float shift = x[first], number = static_cast<float>((count - first - 1) / stride + 1);
     float mean = 0, squares = 0;
-    for (int p = first; p < count; p += stride) mean += value(p) - shift;
+    for (int p = first; p < count; p += stride) mean += x[p] - shift;
     mean /= number;
     for (int p = first; p < count; p += stride) {
-      const float deviation = value(p) - shift - mean;
+      const float deviation = x[p] - shift - mean;
       squares += deviation * deviation;
     }
     return {number, double{shift} + double{mean}, squares};
