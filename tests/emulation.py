@@ -22,13 +22,15 @@ from sca_kernels.backends import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Threads of a block, and whether they and the blocks take turns from the last one to the first.
+# Threads of a block; whether they and the blocks take turns from the last one to the first; how many blocks a cluster
+# can have; how many bytes of shared memory a kernel can ask for. One thread takes what needs neither, three take
+# clusters of little memory and much memory without clusters, 256 what the newest GPUs have.
 ORDERS = {
-    "one thread": (1, False),
-    "three threads": (3, False),
-    "three threads, backwards": (3, True),
-    "256 threads": (256, False),
-    "256 threads, backwards": (256, True),
+    "one thread": (1, False, 1, 0),
+    "three threads": (3, False, 8, 2 << 10),
+    "three threads, backwards": (3, True, 1, 88 << 10),
+    "256 threads": (256, False, 8, 88 << 10),
+    "256 threads, backwards": (256, True, 8, 88 << 10),
 }
 
 

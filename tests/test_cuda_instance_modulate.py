@@ -61,7 +61,7 @@ def test_is_as_accurate_as_the_reference_in_16_bits(cuda_kernels, case, sizes, d
 
 @memory
 @pytest.mark.parametrize("case", ["maps", "channels", "a map of offsets"])
-@pytest.mark.parametrize("sizes", [(2, 100, 120), (40, 33, 20), (300, 4, 4)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 100, 120), (40, 33, 20), (300, 4, 4), (4, 150, 160), (2, 400, 410)], ids=str)
 def test_several_chunks_and_blocks_of_channels(cuda_kernels, case, sizes, memory):
     problem = problem_of(case, sizes, torch.float32, memory)
     assert_accurate(problem, solve(problem, "cuda"), expected_of(case, sizes, torch.float32, memory))

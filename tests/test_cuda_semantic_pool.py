@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import emulation
 import pytest
 import torch
 from folded import (
@@ -25,7 +26,7 @@ from folded import (
 from tokens import random_map
 from torch import Tensor
 
-from sca_kernels import LatentLayout
+from sca_kernels import LatentLayout, cuda
 
 pytestmark = pytest.mark.cuda
 
@@ -61,7 +62,7 @@ def test_variants(cuda_order, variant, memory):
 
 @memory
 @pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize("channels", [1, 8, 40, 129])
+@pytest.mark.parametrize("channels", [1, 8, 40, 129, 1100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_types_and_widths(cuda_kernels, dtype, channels, heads, memory):
     problem = problem_of("biases", memory, channels, heads, dtype)
@@ -126,6 +127,28 @@ def test_a_large_map(cuda_kernels, memory):
     labels = random_map(1, 150, 160, 3, seed=3)
     problem = pool_problem(labels, LatentLayout((2, 1, 3)), batch=1, heads=1, channels=4)
     assert_matches_reference(arranged(problem, memory))
+
+
+@memory
+def test_the_order_of_threads_changes_no_bit(cuda_kernels, memory):
+    """On a GPU: calls that follow one another."""
+    problem = arranged(pool_problem(random_map(2, 40, 33, 5, seed=3), channels=40, dtype=torch.bfloat16), memory)
+    backwards = solve(problem, "cuda")
+    if cuda.why_not() is not None:
+        emulation.emulate("256 threads")
+    assert_same_bits(solve(problem, "cuda"), backwards)
+
+
+@memory
+@pytest.mark.parametrize("size", [(7, 9), (20, 33), (64, 40)], ids=str)
+def test_mean_that_is_large_beside_the_deviations(cuda_order, size, memory):
+    """With the moments of label blocks, or in a pass of their own."""
+    problem = pool_problem(random_map(2, *size, 5, seed=3), channels=5)
+    problem = problem.with_tensors(x=problem.tensors["x"] + 1e4, queries=1e-3 * problem.tensors["queries"])
+    problem = arranged(problem, memory)
+    actual, expected = solve(problem, "cuda", ()), solve(problem.to(torch.float64), "reference", ())
+    for name, tolerance in (("mean", 1e-7), ("second_moment", 1e-6)):
+        assert_close({name: actual[name]}, {name: expected[name]}, tolerance)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -51,6 +51,8 @@ PYBIND11_MODULE(SCA_MODULE, module) {
   SemanticModulate::bind<double, double>(module, "SemanticModulate");
   InstanceModulate::bind<double, double>(module, "InstanceModulate");
 #ifdef SCA_CUDA_EMULATION
-  module.def("emulate", [](int threads, bool backwards) { sca::cuda::emulation() = {threads, backwards}; });
+  module.def("emulate", [](int threads, bool backwards, int cluster_blocks, int64_t extra_memory) {
+    sca::cuda::emulation() = {threads, backwards, cluster_blocks, extra_memory};
+  });
 #endif
 }

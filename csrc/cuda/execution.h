@@ -80,6 +80,8 @@ constexpr int kMostThreads = 1024;
 struct Emulation {
   int threads = kThreads;
   bool backwards = false;
+  int cluster_blocks = 1;    // that a cluster can have, see cluster.h
+  int64_t extra_memory = 0;  // bytes of shared memory that a kernel can ask for
 };
 inline Emulation& emulation() {
   static Emulation settings;

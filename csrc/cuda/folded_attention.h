@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "label_blocks.h"
+#include "products.h"
 
 namespace sca::cuda {
 
@@ -50,6 +51,30 @@ struct TileLanes {
     });
   }
 };
+
+// Calls finish(row, p, sum of a_of(p)[k] b_of(row)[k] over k < depth) for the pixels of a tile and all rows.
+template <typename ScalarA, typename ScalarB, typename Shared, typename A, typename B, typename Finish>
+SCA_DEVICE void multiply_tile(const Block& run, int pixels, int rows, int64_t depth, Shared& shared, const A& a_of,
+                              const B& b_of, const Finish& finish) {
+  constexpr int kParts = kThreads / kTilePixels / 2;  // with which all warps of a block have a piece
+  for (int first = 0; first < rows; first += kRowGroup) {
+    const int count = smaller(rows - first, kRowGroup);
+    run.each_thread([&](int thread) {
+      multiply<ScalarA, ScalarB>(
+          run, thread, pixels, count, depth, kParts, a_of, [&](int64_t i) { return b_of(first + i); },
+          [&](int part, int64_t p, int64_t i, float sum) { shared.sums[i][part * kTilePixels + p] = sum; });
+    });
+    run.each_thread([&](int thread) {
+      for (int index = thread; index < count * pixels; index += run.threads()) {
+        const int i = index / pixels, p = index % pixels;
+        float sum = 0;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) sum += shared.sums[i][part * kTilePixels + p];
+        finish(first + i, p, sum);
+      }
+    });
+  }
+}
 
 // A tile is some of the pixels of a label block.
 struct Tile {
@@ -98,38 +123,41 @@ struct Logits {
     return {block, begin, static_cast<int>(pixels), static_cast<int>(rows.heads * block.latents)};
   }
   SCA_DEVICE uint32_t pixel(const Tile& tile, int p) const { return blocks.pixel(tile.block.image, tile.begin + p); }
-  SCA_DEVICE int64_t offset(const sca_feature_map& map, const Tile& tile, int p) const {
-    return offset_of(map, tile.block.image, 0) + Pixels{static_cast<uint32_t>(width)}.offset(map, pixel(tile, p));
+  // Where the pixel at a position of an image's plan has its first channel.
+  SCA_DEVICE int64_t offset(const sca_feature_map& map, int64_t image, int64_t position) const {
+    const Pixels pixels = {static_cast<uint32_t>(width)};
+    return offset_of(map, image, 0) + pixels.offset(map, blocks.pixel(image, position));
   }
-  SCA_DEVICE float feature(const sca_feature_map& map, int64_t offset, int64_t channel) const {
-    return widen(static_cast<const Scalar*>(map.data)[offset + channel * map.channel_stride]);
+  SCA_DEVICE int64_t offset(const sca_feature_map& map, const Tile& tile, int p) const {
+    return offset(map, tile.block.image, tile.begin + p);
+  }
+  SCA_DEVICE Features<Scalar> features(const sca_feature_map& map, int64_t image, int64_t position) const {
+    return {static_cast<const Scalar*>(map.data) + offset(map, image, position), map.channel_stride};
+  }
+  SCA_DEVICE Features<Scalar> features(const sca_feature_map& map, const Tile& tile, int p) const {
+    return features(map, tile.block.image, tile.begin + p);
   }
 
+  // Of pixels whose features are features_of(p).
+  template <typename Shared, typename FeaturesOf>
+  SCA_DEVICE void compute(const Block& run, const Tile& tile, Shared& shared, float* logits,
+                          const FeaturesOf& features_of) const {
+    const auto key_of = [&](int64_t row) -> Features<float> {
+      return {keys ? keys + rows.index(tile, static_cast<int>(row)) * channels : nullptr, 1};
+    };
+    multiply_tile<Scalar, float>(run, tile.pixels, tile.rows, keys ? channels : 0, shared, features_of, key_of,
+                                 [&](int row, int p, float sum) {
+                                   const int64_t index = rows.index(tile, row);
+                                   const uint32_t place = pixel(tile, p), w = static_cast<uint32_t>(width);
+                                   if (key_bias) sum += key_bias[index];
+                                   if (row_bias) sum += row_bias[index * height + place / w];
+                                   if (col_bias) sum += col_bias[index * width + place % w];
+                                   logits[row * kTilePixels + p] = sum;
+                                 });
+  }
   template <typename Shared>
   SCA_DEVICE void compute(const Block& run, const Tile& tile, Shared& shared, float* logits) const {
-    for (int first = 0; first < tile.rows; first += kRowGroup) {
-      const auto products = [&](int p, int lane, float (&sums)[kRowGroup]) {
-        if (!keys) return;
-        const float* key[kRowGroup];
-#pragma unroll
-        for (int i = 0; i < kRowGroup; ++i)
-          key[i] = keys + rows.index(tile, smaller(first + i, tile.rows - 1)) * channels;
-        const int64_t base = offset(x, tile, p);
-        for (int64_t c = lane; c < channels; c += lanes.channels) {
-          const float value = feature(x, base, c);
-#pragma unroll
-          for (int i = 0; i < kRowGroup; ++i) sums[i] += value * key[i][c];
-        }
-      };
-      lanes.sum_group(run, tile.pixels, tile.rows, first, shared, products, [&](int row, int p, float sum) {
-        const int64_t index = rows.index(tile, row);
-        const uint32_t place = pixel(tile, p), w = static_cast<uint32_t>(width);
-        if (key_bias) sum += key_bias[index];
-        if (row_bias) sum += row_bias[index * height + place / w];
-        if (col_bias) sum += col_bias[index * width + place % w];
-        logits[row * kTilePixels + p] = sum;
-      });
-    }
+    compute(run, tile, shared, logits, [&](int64_t p) { return features(x, tile, static_cast<int>(p)); });
   }
 };
 

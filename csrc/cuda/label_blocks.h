@@ -41,14 +41,25 @@ struct LabelBlocks {
     const int64_t index = item % per_image, *const begins = offsets(block.image);
     block.label = last_not_above(pixels.labels, index, [&](int64_t label) { return begins[label] / size + label; });
     const int64_t first = begins[block.label] / size, i = index - first - block.label;
-    const bool labelled = block.label < pixels.labels;
-    const int64_t end = labelled ? begins[block.label + 1] : pixels.count;
+    const int64_t end = end_of(block.image, block.label);
     block.begin = smaller(begins[block.label] + i * size, end);
     block.end = smaller(block.begin + size, end);
-    const int64_t* const cu = cu_latents(block.image);
-    block.first_latent = labelled ? cu[block.label] : 0;
-    block.latents = labelled ? smaller(cu[block.label + 1] - cu[block.label], latents.max_per_label) : 0;
+    find_latents(block);
     block.partial_row = (first + i) * latents.max_per_label + block.first_latent;
+    return block;
+  }
+
+  // The pixels at the positions from `begin` on, up to `end`, that have the label of the first of them. They have no
+  // partial results.
+  SCA_DEVICE LabelBlock run(int64_t image, int64_t begin, int64_t end) const {
+    LabelBlock block;
+    const int64_t* const begins = offsets(image);
+    block.image = image;
+    block.label = last_not_above(pixels.labels, begin, [&](int64_t label) { return begins[label]; });
+    block.begin = begin;
+    block.end = smaller(end_of(image, block.label), end);
+    find_latents(block);
+    block.partial_row = 0;
     return block;
   }
 
@@ -60,6 +71,16 @@ struct LabelBlocks {
     const int64_t label = last_not_above(pixels.labels - 1, latent, [&](int64_t l) { return cu[l]; });
     const int64_t first = begins[label] / size, blocks = divide_up(begins[label + 1] - begins[label], size);
     for (int64_t i = 0; i < blocks; ++i) visit((first + i) * latents.max_per_label + latent);
+  }
+
+  SCA_DEVICE int64_t end_of(int64_t image, int64_t label) const {
+    return label < pixels.labels ? offsets(image)[label + 1] : pixels.count;
+  }
+  SCA_DEVICE void find_latents(LabelBlock& block) const {
+    const int64_t* const cu = cu_latents(block.image);
+    const bool labelled = block.label < pixels.labels;
+    block.first_latent = labelled ? cu[block.label] : 0;
+    block.latents = labelled ? smaller(cu[block.label + 1] - cu[block.label], latents.max_per_label) : 0;
   }
 
   // The last index up to `most` with value(index) <= bound; values do not fall, and the first is not above.

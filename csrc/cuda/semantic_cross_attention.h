@@ -71,6 +71,9 @@ struct Attention {
   SCA_DEVICE static int64_t offset(const sca_tensor& tensor, const AttentionTile& tile, int64_t token) {
     return tile.image * tensor.batch_stride + tile.head * tensor.head_stride + token * tensor.token_stride;
   }
+  SCA_DEVICE static Features<Scalar> features(const sca_tensor& tensor, int64_t offset) {
+    return {static_cast<const Scalar*>(tensor.data) + offset, tensor.channel_stride};
+  }
   SCA_DEVICE static float value(const sca_tensor& tensor, int64_t offset, int64_t channel) {
     return widen(static_cast<const Scalar*>(tensor.data)[offset + channel * tensor.channel_stride]);
   }
@@ -87,23 +90,11 @@ struct Attention {
   SCA_DEVICE void products(const Block& run, const AttentionTile& tile, const sca_tensor& walked,
                            const sca_tensor& latent, int64_t width, Shared& shared, float* numbers,
                            const Finish& finish) const {
-    for (int first = 0; first < tile.latents; first += kRowGroup) {
-      const auto add = [&](int p, int lane, float (&sums)[kRowGroup]) {
-        int64_t row[kRowGroup];
-#pragma unroll
-        for (int i = 0; i < kRowGroup; ++i) {
-          row[i] = offset(latent, tile, tile.first_latent + smaller(first + i, tile.latents - 1));
-        }
-        const int64_t base = offset(walked, tile, token(tile, p));
-        for (int64_t c = lane; c < width; c += lanes.channels) {
-          const float number = value(walked, base, c);
-#pragma unroll
-          for (int i = 0; i < kRowGroup; ++i) sums[i] += number * value(latent, row[i], c);
-        }
-      };
-      lanes.sum_group(run, tile.tokens, tile.latents, first, shared, add,
-                      [&](int j, int p, float sum) { numbers[j * kTilePixels + p] = finish(j, p, sum); });
-    }
+    multiply_tile<Scalar, Scalar>(
+        run, tile.tokens, tile.latents, width, shared,
+        [&](int64_t p) { return features(walked, offset(walked, tile, token(tile, static_cast<int>(p)))); },
+        [&](int64_t j) { return features(latent, offset(latent, tile, tile.first_latent + j)); },
+        [&](int j, int p, float sum) { numbers[j * kTilePixels + p] = finish(j, p, sum); });
   }
   template <typename Shared>
   SCA_DEVICE void logits(const Block& run, const AttentionTile& tile, Shared& shared, float* numbers) const {
@@ -126,13 +117,11 @@ struct Attention {
         }
       });
       run.each_thread([&](int thread) {
-        for (int place = thread; place < tile.latents * kChannels; place += run.threads()) {
-          const int j = place / kChannels, c = place % kChannels;
-          if (first + c >= width) continue;
-          float sum = 0;
-          for (int p = 0; p < tile.tokens; ++p) sum += weights[j * kTilePixels + p] * shared.rows[c][p];
-          add(j, first + c, sum);
-        }
+        multiply<float, float>(
+            run, thread, smaller<int64_t>(width - first, kChannels), tile.latents, tile.tokens, 1,
+            [&](int64_t c) -> Features<float> { return {shared.rows[c], 1}; },
+            [&](int64_t j) -> Features<float> { return {weights + j * kTilePixels, 1}; },
+            [&](int, int64_t c, int64_t j, float sum) { add(static_cast<int>(j), first + c, sum); });
       });
     }
   }

@@ -30,10 +30,10 @@ struct Modulation {
         spilled(nullptr) {}
 
   int64_t most_rows() const { return call.heads * call.latents.max_per_label; }
-  int64_t items() const { return call.batch * logits.blocks.per_image; }
-  // How many numbers of tiles have to be spilled, if each item has so many per row and pixel.
-  int64_t spilled_size(int64_t each) const {
-    return most_rows() > kSharedRows ? items() * most_rows() * kTilePixels * each : 0;
+  int64_t label_blocks() const { return call.batch * logits.blocks.per_image; }
+  // How many numbers of tiles have to be spilled, if there are so many tiles at once.
+  int64_t spilled_size(int64_t tiles) const {
+    return most_rows() > kSharedRows ? tiles * most_rows() * kTilePixels : 0;
   }
 
   // The formula at a pixel, for the channels first, first + step, ... of those that there are.
@@ -42,8 +42,9 @@ struct Modulation {
     float x[kChannelGroup], normalized[kChannelGroup], factor[kChannelGroup], noise[kChannelGroup];
   };
 
-  SCA_DEVICE Elements at(const Tile& tile, int p, int64_t first, const float* weights) const {
-    const int64_t image = tile.block.image, base = logits.offset(call.x, tile, p);
+  SCA_DEVICE Elements at(const Tile& tile, int p, const Features<Scalar>& x, int64_t first,
+                         const float* weights) const {
+    const int64_t image = tile.block.image;
     int64_t channel[kChannelGroup];
     Elements of;
     float offset[kChannelGroup];
@@ -71,7 +72,7 @@ struct Modulation {
 #pragma unroll
     for (int k = 0; k < kChannelGroup; ++k) {
       const int64_t index = image * call.channels + channel[k];
-      of.x[k] = logits.feature(call.x, base, channel[k]);
+      of.x[k] = x[channel[k]];
       of.normalized[k] = (of.x[k] - number(call.mean, index)) * number(call.rstd, index);
       of.noise[k] = noise.present() ? noise.at(image, channel[k], pixel) : 0.0f;
       of.before[k] = of.factor[k] * of.normalized[k] + offset[k] + noise.strength(index) * of.noise[k];
@@ -83,17 +84,16 @@ struct Modulation {
     return table ? static_cast<const float*>(table)[index] : 0.0f;
   }
 
-  // Where the weights of an item's tile go: set `set` of `sets`.
-  template <typename Shared>
-  SCA_DEVICE float* weights(int64_t item, Shared& shared, int set, int sets) const {
-    if (!spilled) return shared.weights[set];
-    return spilled + (item * sets + set) * call.heads * call.latents.max_per_label * kTilePixels;
+  // Where the weights of a tile go: those in shared memory, unless they have to be spilled.
+  SCA_DEVICE float* weights(int64_t tile, float* shared) const {
+    return spilled ? spilled + tile * call.heads * call.latents.max_per_label * kTilePixels : shared;
   }
 
-  // The attention of the pixels of a tile.
-  template <typename Shared>
-  SCA_DEVICE void attend(const Block& run, const Tile& tile, Shared& shared, float* weights) const {
-    logits.compute(run, tile, shared, weights);
+  // The attention of the pixels of a tile, whose features are features_of(p).
+  template <typename Shared, typename FeaturesOf>
+  SCA_DEVICE void attend(const Block& run, const Tile& tile, Shared& shared, float* weights,
+                         const FeaturesOf& features_of) const {
+    logits.compute(run, tile, shared, weights, features_of);
     each_head(
         run, tile,
         [&](float* first, int latents) {
@@ -167,9 +167,6 @@ inline int64_t most_chunks(const sca_semantic_modulate& call) {
   return Tiling(call.batch, call.channels, call.height * call.width, adjacent_channels(call.x), 1).chunks;
 }
 
-// Pixels of a tile.
-inline int64_t tile_pixels(const sca_semantic_modulate& call) { return TileLanes(adjacent_channels(call.x)).pixels; }
-
 inline bool means_needed(const sca_semantic_modulate& call) {
   return call.empty_uniform && !call.empty_scale && call.latents.count > 0;
 }
@@ -181,13 +178,13 @@ struct Prepared {
   float *mean_scale, *mean_shift;
   Moments* moments;
 
-  Prepared(const sca_semantic_modulate& call, int64_t block_size, int64_t sets, Arena& arena)
-      : modulation(call, block_size) {
+  Prepared(const sca_semantic_modulate& call, const Modulation<Scalar>& of, int64_t tiles, Arena& arena)
+      : modulation(of) {
     const int64_t table = call.batch * call.channels;
     mean_scale = arena.take<float>(table);
     mean_shift = arena.take<float>(table);
     moments = arena.take<Moments>(table * most_chunks(call));
-    const int64_t spilled = modulation.spilled_size(sets);
+    const int64_t spilled = modulation.spilled_size(tiles);
     float* const numbers = arena.take<float>(spilled);
     if (spilled > 0) modulation.spilled = numbers;
   }

@@ -32,12 +32,12 @@ struct Backward {
 
   SCA_DEVICE void operator()(const Block& run, int64_t item, Shared& shared) const {
     const LabelBlock block = modulation.logits.blocks.at(item);
-    float* const weights = modulation.weights(item, shared, 0, 2);
-    float* const grad_logits = modulation.weights(item, shared, 1, 2);
+    float* const weights = modulation.weights(2 * item, shared.weights[0]);
+    float* const grad_logits = modulation.weights(2 * item + 1, shared.weights[1]);
     run.each_thread([&](int thread) { clear(run, item, block, thread); });
     for (int64_t begin = block.begin; begin < block.end; begin += modulation.logits.lanes.pixels) {
       const Tile tile = modulation.logits.tile(block, begin);
-      modulation.attend(run, tile, shared, weights);
+      modulation.attend(run, tile, shared, weights, [&](int64_t p) { return features(tile, static_cast<int>(p)); });
       differentiate_logits(run, tile, shared, weights, grad_logits);
       if (position.values) {
         run.each_thread([&](int thread) {
@@ -54,6 +54,9 @@ struct Backward {
     }
   }
 
+  SCA_DEVICE Features<Scalar> features(const Tile& tile, int p) const {
+    return modulation.logits.features(modulation.call.x, tile, p);
+  }
   SCA_DEVICE float* partial_row(const LabelBlock& block, int64_t row) const {
     const int64_t head = row / block.latents, latent = row % block.latents;
     const int64_t of_head = (block.image * modulation.call.heads + head) * modulation.logits.blocks.rows;
@@ -80,12 +83,12 @@ struct Backward {
   SCA_DEVICE void gradient(const Tile& tile, int p, int64_t first,
                            const typename Modulation<Scalar>::Elements& elements, float (&grad)[kChannelGroup]) const {
     const auto& logits = modulation.logits;
-    const int64_t base = logits.offset(gradients.grad_out, tile, p);
+    const Features<Scalar> grad_out = logits.features(gradients.grad_out, tile, p);
     const auto slope = static_cast<float>(modulation.call.negative_slope);
 #pragma unroll
     for (int k = 0; k < kChannelGroup; ++k) {
       const int64_t channel = first + k * logits.lanes.channels;
-      grad[k] = channel < modulation.call.channels ? logits.feature(gradients.grad_out, base, channel) : 0.0f;
+      grad[k] = channel < modulation.call.channels ? grad_out[channel] : 0.0f;
       if (!(elements.before[k] > 0)) grad[k] *= slope;
     }
   }
@@ -101,8 +104,9 @@ struct Backward {
 #pragma unroll
         for (int i = 0; i < kRowGroup; ++i)
           begin[i] = logits.rows.index(tile, smaller(group + i, tile.rows - 1)) * call.channels;
+        const Features<Scalar> x = features(tile, p);
         for (int64_t first = lane; first < call.channels; first += kChannelGroup * logits.lanes.channels) {
-          const auto elements = modulation.at(tile, p, first, weights);
+          const auto elements = modulation.at(tile, p, x, first, weights);
           float grad[kChannelGroup];
           gradient(tile, p, first, elements, grad);
 #pragma unroll
@@ -141,8 +145,9 @@ struct Backward {
     const int p = lanes.pixel(thread);
     if (!lanes.inside(thread) || p >= tile.pixels) return;
     const int64_t end = smaller(begin + kChannels, call.channels);
+    const Features<Scalar> x = features(tile, p);
     for (int64_t first = begin + lanes.channel(thread); first < end; first += kChannelGroup * lanes.channels) {
-      const auto elements = modulation.at(tile, p, first, weights);
+      const auto elements = modulation.at(tile, p, x, first, weights);
       float grad[kChannelGroup];
       gradient(tile, p, first, elements, grad);
 #pragma unroll
@@ -322,7 +327,10 @@ struct BackwardWorkspace {
   PixelValues position;
 
   BackwardWorkspace(const sca_semantic_modulate& call, Arena& arena)
-      : prepared(call, block_of_tiles(call.x, call.pixels.count), 2, arena) {
+      : BackwardWorkspace(call, Modulation<Scalar>(call, block_of_tiles(call.x, call.pixels.count)), arena) {}
+
+  BackwardWorkspace(const sca_semantic_modulate& call, const Modulation<Scalar>& modulation, Arena& arena)
+      : prepared(call, modulation, 2 * modulation.label_blocks(), arena) {
     const LabelBlocks& blocks = prepared.modulation.logits.blocks;
     const int64_t table = call.batch * call.channels;
     sums = arena.take<float>(kKinds * table);
@@ -346,7 +354,7 @@ const char* backward(const sca_semantic_modulate& call, const sca_semantic_modul
   const Modulation<Scalar>& modulation = prepared.modulation;
   const LabelBlocks& blocks = modulation.logits.blocks;
   const Backward<Scalar> kernel = {modulation, gradients, workspace.partial_rows, workspace.partial_kinds, position};
-  if (const char* error = launch(kernel, modulation.items(), call.threads, stream)) return error;
+  if (const char* error = launch(kernel, modulation.label_blocks(), call.threads, stream)) return error;
 
   const int64_t rows = call.batch * call.channels;
   const FinishKinds finish = {gradients, static_cast<const float*>(call.rstd), workspace.sums, rows};

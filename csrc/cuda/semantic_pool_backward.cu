@@ -148,10 +148,10 @@ struct Backward {
     const TileLanes& lanes = logits.lanes;
     const int p = lanes.pixel(thread);
     if (!lanes.inside(thread) || p >= tile.pixels) return;
-    const int64_t base = logits.offset(call.x, tile, p);
+    const Features<Scalar> x = logits.features(call.x, tile, p);
     for (int c = lanes.channel(thread); c < kChannels && begin + c < call.channels; c += lanes.channels) {
       const int64_t channel = begin + c, index = tile.block.image * call.channels + channel;
-      shared.x[c][p] = logits.feature(call.x, base, channel);
+      shared.x[c][p] = x[channel];
       if (!gradients.grad_x.data) continue;
       const float share = 2 / static_cast<float>(call.pixels.count);
       const float deviation = shared.x[c][p] - static_cast<const float*>(call.mean)[index];

@@ -25,20 +25,27 @@ struct Tiling {
   bool along_channels;
 
   static constexpr int64_t kSteps = 16;  // of a thread in a chunk
+  static constexpr int kMostLanes = 32;  // along the channels
 
-  Tiling(int64_t batch, int64_t channels, int64_t pixels, bool along_channels, int pack, int64_t steps = kSteps)
+  Tiling(int64_t batch, int64_t channels, int64_t pixels, bool along_channels, int pack, int most_lanes = kMostLanes)
       : channels(channels), pixels(pixels), pack(pack), along_channels(along_channels) {
     const int threads = block_threads();
     if (along_channels) {
-      channel_lanes = static_cast<int>(smaller<int64_t>(smaller(threads, 32), larger<int64_t>(channels / pack, 1)));
+      const int lanes = smaller(threads, most_lanes);
+      channel_lanes = static_cast<int>(smaller<int64_t>(lanes, larger<int64_t>(channels / pack, 1)));
       pixel_lanes = threads / channel_lanes;
     } else {
       pixel_lanes = static_cast<int>(smaller<int64_t>(threads, larger<int64_t>(pixels / pack, 1)));
       channel_lanes = threads / pixel_lanes;
     }
-    chunk = pixel_step() * steps;
-    chunks = divide_up(pixels, chunk);
     channel_blocks = divide_up(channels, channel_lanes * channel_step());
+    cut(kSteps, divide_up(pixels, pixel_step() * kSteps), batch);
+  }
+
+  // Into so many chunks, in which a thread has so many steps.
+  void cut(int64_t steps, int64_t chunks_of_image, int64_t batch) {
+    chunk = pixel_step() * steps;
+    chunks = chunks_of_image;
     items = batch * channel_blocks * chunks;
   }
 
