@@ -41,23 +41,19 @@ compile-gpu: $(VENV)/.installed ## compile the kernels for GPUs, which need not 
 	SCA_CUDA=$(if $(shell command -v nvcc),1,0) $(RUN) setup.py -q build_ext --inplace
 	$(RUN) -m pytest tests/test_triton_compiled.py tests/test_cuda_compiled.py -q
 
-# On a machine with a GPU. Nothing is installed or downloaded: $(PYTHON) must have PyTorch, Triton and pytest. The tests
-# mostly wait for Triton to compile, so their files are run beside one another.
-GPU_TESTS = $(filter-out %_compiled.py,$(wildcard tests/test_triton_*.py tests/test_cuda_*.py)) tests/test_gpu.py
-gpu: gpu-test gpu-bench ## on a CUDA machine, with $(PYTHON) as it is: the kernels' tests, then their figures
+# On a machine with a GPU. Nothing is installed or downloaded: $(PYTHON) must have PyTorch, Triton and pytest. A part
+# that fails or hangs does not keep the next one from running; a table of what became of each comes last.
+gpu: ## on a CUDA machine, with $(PYTHON) as it is: the kernels' tests, then their figures
+	$(PYTHON) -m bench.gpu.parts
 
 gpu-build:
-	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m bench.gpu.parts build
 
-gpu-test: gpu-build
-	$(MAKE) --keep-going --jobs --output-sync $(GPU_TESTS:tests/%.py=gpu-test-%)
+gpu-test:
+	$(PYTHON) -m bench.gpu.parts build test
 
-gpu-test-%:
-	$(PYTHON) -m pytest tests/$*.py -q -m "triton or cuda or gpu"
-
-gpu-bench: gpu-build
-	$(PYTHON) -m bench.gpu.run
-	$(PYTHON) -m bench.gpu.validation
+gpu-bench:
+	$(PYTHON) -m bench.gpu.parts build bench
 
 bench: native ## the benchmarks at full size
 	$(RUN) -m pytest bench/ --benchmark

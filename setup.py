@@ -7,7 +7,7 @@ second build redo only what changed. All metadata is in pyproject.toml.
 Read from the environment: CXX (or CC), CXXFLAGS and LDFLAGS; SCA_REQUIRE_NATIVE=1 makes it an error
 when the kernels cannot be built; SCA_SANITIZE=address,undefined builds them with these sanitizers. SCA_CUDA=0 leaves
 the kernels for GPUs out, SCA_CUDA=1 makes it an error when nvcc is not found; SCA_CUDA_ARCHS="80 90a 100+PTX" says what
-they are compiled for.
+they are compiled for. SCA_CPU=0 leaves the kernels for CPUs as they are, or out.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ toolchain = find_toolchain()
 nvcc = find_nvcc() if isinstance(toolchain, Toolchain) else None
 # No sources here: a machine without a compiler makes sdists too, so MANIFEST.in lists csrc/.
 native = Extension("sca_kernels._native", sources=[])
-modules = [native] if isinstance(toolchain, Toolchain) else []
+modules = [native] if isinstance(toolchain, Toolchain) and os.environ.get("SCA_CPU") != "0" else []
 if nvcc:
     modules.append(Extension("sca_kernels._cuda", sources=[]))
 setup(ext_modules=modules, cmdclass={"build": BuildAlwaysAsksForNative, "build_ext": BuildNative})

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import sca_kernels
 from sca_kernels import (
     LabelMap,
     LatentLayout,
@@ -27,6 +28,8 @@ Results = Tensor | tuple[Tensor, ...]
 
 MEMORY = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("triton", "cuda")
+LABELS = 19
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Call:
         dtype: of the feature map or of the tokens.
         prepare: makes the tensors, on PyTorch's default device, and returns a ``functools.partial`` of the operator.
         headline: whether it is one of the shapes that figures are published for.
+        backends: those that have kernels for it.
     """
 
     operator: str
@@ -46,6 +50,7 @@ class Call:
     dtype: torch.dtype
     prepare: Callable[[], Callable[[], Results]]
     headline: bool = False
+    backends: tuple[str, ...] = BACKENDS
 
     def __str__(self) -> str:
         return f"{self.operator}-{self.name}-{str(self.dtype).removeprefix('torch.')}"
@@ -78,17 +83,30 @@ def leaves_of(run: Any) -> list[Tensor]:
     return [value for value in (*run.args, *run.keywords.values()) if isinstance(value, Tensor) and value.requires_grad]
 
 
-def all_calls(dtypes: Sequence[torch.dtype] = DTYPES, *, shrink: int = 1) -> Iterator[Call]:
+def all_calls(dtypes: Sequence[torch.dtype] = DTYPES, *, shrink: int = 1, batch: int = 1) -> Iterator[Call]:
     """Every kernel is launched by one of them, in each configuration that is shipped.
 
     Args:
         dtypes: of the feature maps and tokens.
         shrink: the sides of all maps are divided by it.
+        batch: the number of images, which share a label map.
     """
     for dtype in dtypes:
-        yield from instance_modulate_calls(dtype, shrink)
-        yield from semantic_cross_attention_calls(dtype, shrink)
-        yield from folded_calls(dtype, shrink)
+        yield from instance_modulate_calls(dtype, shrink, batch)
+        yield from semantic_cross_attention_calls(dtype, shrink, batch)
+        yield from folded_calls(dtype, shrink, batch)
+
+
+def call_once(backend: str, operator: str, device: str = "cuda") -> None:
+    """Runs an operator's calls on small maps, forward and backward: what compute-sanitizer, which is slow, looks at."""
+    # Triton would compile most of that time.
+    dtypes = [torch.bfloat16] if backend == "triton" else DTYPES
+    for call in all_calls(dtypes, shrink=8):
+        if call.operator == operator and backend in call.backends and (call.headline or backend != "triton"):
+            with torch.device(device), sca_kernels.backend(backend):
+                step_of(call.prepare())()
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def label_map(height: int, width: int, num_labels: int) -> LabelMap:
@@ -98,48 +116,17 @@ def label_map(height: int, width: int, num_labels: int) -> LabelMap:
     return LabelMap.from_labels((squares * 7 % num_labels)[None], num_labels, validate=False).at(height, width)
 
 
-def instance_modulate_calls(dtype: torch.dtype, shrink: int) -> Iterator[Call]:
-    shape = (1, 64, 256 // shrink, 256 // shrink)
-
-    def prepare(memory: torch.memory_format, by_pixel: bool) -> Callable[[], Results]:
-        def feature_map() -> Tensor:
-            return torch.randn(shape, dtype=dtype).to(memory_format=memory).requires_grad_()
-
-        if by_pixel:
-            options: dict[str, Any] = {
-                "noise": torch.randn(1, 1, *shape[2:]),
-                "noise_strength": torch.ones(shape[1], requires_grad=True),
-            }
-            parameters = [feature_map() for _ in range(2)]
-        else:
-            options = {
-                "noise": "per_element",
-                "noise_seed": torch.zeros(1, dtype=torch.int64),
-                "stats": (torch.zeros(shape[1]), torch.ones(shape[1])),
-                "add_one": False,
-            }
-            parameters = [torch.ones(shape[:2], requires_grad=True) for _ in range(2)]
-        return functools.partial(instance_modulate, feature_map(), *parameters, **options)
-
+def instance_modulate_calls(dtype: torch.dtype, shrink: int, batch: int) -> Iterator[Call]:
     for order, memory in MEMORY.items():
-        by_pixel = functools.partial(prepare, memory, True)
-        yield Call("instance_modulate", f"by pixel, {order}", dtype, by_pixel, headline=True)
-        by_channel = functools.partial(prepare, memory, False)
-        yield Call("instance_modulate", f"by channel, {order}", dtype, by_channel)
+        for by_pixel in (True, False):
+            prepare = functools.partial(
+                prepare_instance_modulate, dtype, batch=batch, size=256 // shrink, memory=memory, by_pixel=by_pixel
+            )
+            name = f"by {'pixel' if by_pixel else 'channel'}, {order}"
+            yield Call("instance_modulate", name, dtype, prepare, headline=by_pixel)
 
 
-def semantic_cross_attention_calls(dtype: torch.dtype, shrink: int) -> Iterator[Call]:
-    labels = 19
-
-    def prepare(query: str, key: str, latents: int, size: int, width: int) -> Callable[[], Results]:
-        size //= shrink
-        layout = LatentLayout.uniform(labels, latents)
-        pixels = label_map(size, size, labels)
-        sides = {"pixels": (pixels, size * size), "latents": (layout, layout.count)}
-        (query_tokens, queries), (key_tokens, keys) = sides[query], sides[key]
-        tensors = [torch.randn(1, 1, count, width, dtype=dtype, requires_grad=True) for count in (queries, keys, keys)]
-        return functools.partial(semantic_cross_attention, *tensors, query_tokens, key_tokens, return_lse=False)
-
+def semantic_cross_attention_calls(dtype: torch.dtype, shrink: int, batch: int) -> Iterator[Call]:
     for query, key, latents, size, width in (
         ("pixels", "latents", 8, 256, 256),
         ("pixels", "latents", 32, 64, 64),
@@ -147,46 +134,16 @@ def semantic_cross_attention_calls(dtype: torch.dtype, shrink: int) -> Iterator[
         ("latents", "latents", 8, 64, 64),
         ("pixels", "pixels", 8, 64, 64),
     ):
-        call = functools.partial(prepare, query, key, latents, size, width)
-        name = f"{query} to {key}, {latents} latents, width {width}"
-        yield Call("semantic_cross_attention", name, dtype, call, headline=size == 256)
-
-
-def folded_calls(dtype: torch.dtype, shrink: int) -> Iterator[Call]:
-    """semantic_pool and semantic_modulate."""
-    labels = 19
-
-    def prepare(
-        operator: str, channels: int, size: int, heads: int, latents: int, memory: torch.memory_format
-    ) -> Callable[[], Results]:
-        size //= shrink
-        layout = LatentLayout.uniform(labels, latents)
-
-        def rows(*width: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(1, heads, layout.count, *width) * scale).requires_grad_()
-
-        named: dict[str, Any] = {
-            "x": torch.randn(1, channels, size, size, dtype=dtype).to(memory_format=memory).requires_grad_(),
-            "layout": layout,
-            "labels": label_map(size, size, labels),
-            "row_bias": rows(size),
-            "col_bias": rows(size),
-        }
-        if operator == "semantic_pool":
-            return functools.partial(semantic_pool, queries=rows(channels, scale=channels**-0.5), **named)
-        return functools.partial(
-            semantic_modulate,
-            keys=rows(channels, scale=channels**-0.5),
-            scale=rows(channels),
-            shift=rows(channels),
-            key_bias=rows(),
-            scale_bias=torch.randn(channels, requires_grad=True),
-            shift_bias=torch.randn(channels, requires_grad=True),
-            noise=torch.randn(1, 1, size, size),
-            noise_strength=torch.randn(channels, requires_grad=True),
-            **named,
+        prepare = functools.partial(
+            prepare_attention, dtype, query, key, batch=batch, size=size // shrink, latents=latents, width=width
         )
+        name = f"{query} to {key}, {latents} latents, width {width}"
+        backends = ("triton",) if query == key == "pixels" else BACKENDS
+        yield Call("semantic_cross_attention", name, dtype, prepare, headline=size == 256, backends=backends)
 
+
+def folded_calls(dtype: torch.dtype, shrink: int, batch: int) -> Iterator[Call]:
+    """semantic_pool and semantic_modulate."""
     for operator in ("semantic_pool", "semantic_modulate"):
         for channels, size, heads, latents, order in (
             (64, 256, 1, 8, "channels first"),
@@ -196,6 +153,103 @@ def folded_calls(dtype: torch.dtype, shrink: int) -> Iterator[Call]:
             (64, 64, 4, 32, "channels first"),
             (64, 64, 8, 32, "channels first"),
         ):
-            call = functools.partial(prepare, operator, channels, size, heads, latents, MEMORY[order])
+            prepare = functools.partial(
+                prepare_folded, operator, dtype,
+                batch=batch, channels=channels, size=size // shrink, heads=heads, latents=latents, memory=MEMORY[order],
+            )  # fmt: skip
             name = f"{channels} channels, {size} x {size}, {heads} heads of {latents} latents, {order}"
-            yield Call(operator, name, dtype, call, headline=size >= 128)
+            yield Call(operator, name, dtype, prepare, headline=size >= 128)
+
+
+def prepare_instance_modulate(
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    channels: int = 64,
+    size: int,
+    memory: torch.memory_format = torch.contiguous_format,
+    by_pixel: bool = True,
+) -> Callable[[], Results]:
+    shape = (batch, channels, size, size)
+
+    def feature_map() -> Tensor:
+        return torch.randn(shape, dtype=dtype).to(memory_format=memory).requires_grad_()
+
+    if by_pixel:
+        options: dict[str, Any] = {
+            "noise": torch.randn(1, 1, size, size),
+            "noise_strength": torch.ones(channels, requires_grad=True),
+        }
+        parameters = [feature_map() for _ in range(2)]
+    else:
+        options = {
+            "noise": "per_element",
+            "noise_seed": torch.zeros(1, dtype=torch.int64),
+            "stats": (torch.zeros(channels), torch.ones(channels)),
+            "add_one": False,
+        }
+        parameters = [torch.ones((batch, channels), requires_grad=True) for _ in range(2)]
+    return functools.partial(instance_modulate, feature_map(), *parameters, **options)
+
+
+def prepare_attention(
+    dtype: torch.dtype,
+    query: str,
+    key: str,
+    *,
+    batch: int = 1,
+    size: int,
+    latents: int,
+    width: int,
+    labels: LabelMap | None = None,
+) -> Callable[[], Results]:
+    """Of "pixels" or "latents" to either; ``labels`` is (1, size, size)."""
+    pixels = labels or label_map(size, size, LABELS)
+    layout = LatentLayout.uniform(pixels.num_labels, latents)
+    sides = {"pixels": (pixels, size * size), "latents": (layout, layout.count)}
+    (query_tokens, queries), (key_tokens, keys) = sides[query], sides[key]
+    shapes = [(batch, 1, count, width) for count in (queries, keys, keys)]
+    tensors = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    return functools.partial(semantic_cross_attention, *tensors, query_tokens, key_tokens, return_lse=False)
+
+
+def prepare_folded(
+    operator: str,
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    channels: int,
+    size: int,
+    heads: int = 1,
+    latents: int,
+    memory: torch.memory_format = torch.contiguous_format,
+    labels: LabelMap | None = None,
+) -> Callable[[], Results]:
+    """Of semantic_pool or semantic_modulate; ``labels`` is (1, size, size)."""
+    labels = labels or label_map(size, size, LABELS)
+    layout = LatentLayout.uniform(labels.num_labels, latents)
+
+    def rows(*width: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(batch, heads, layout.count, *width) * scale).requires_grad_()
+
+    named: dict[str, Any] = {
+        "x": torch.randn(batch, channels, size, size, dtype=dtype).to(memory_format=memory).requires_grad_(),
+        "layout": layout,
+        "labels": labels,
+        "row_bias": rows(size),
+        "col_bias": rows(size),
+    }
+    if operator == "semantic_pool":
+        return functools.partial(semantic_pool, queries=rows(channels, scale=channels**-0.5), **named)
+    return functools.partial(
+        semantic_modulate,
+        keys=rows(channels, scale=channels**-0.5),
+        scale=rows(channels),
+        shift=rows(channels),
+        key_bias=rows(),
+        scale_bias=torch.randn(channels, requires_grad=True),
+        shift_bias=torch.randn(channels, requires_grad=True),
+        noise=torch.randn(1, 1, size, size),
+        noise_strength=torch.randn(channels, requires_grad=True),
+        **named,
+    )

@@ -1,7 +1,7 @@
 """Which kernels the public operators launch for calls of the published shapes, found out without a GPU.
 
-The operators run on tensors of the CPU, and what would be launched is written down instead. Nothing is computed:
-results are uninitialised memory.
+The operators run on tensors of the CPU, or of a GPU, and what would be launched is written down instead. Nothing is
+computed: results are uninitialised memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _without_memory(value: Any) -> Any:
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Inside, the backend "triton" serves calls on the CPU, and its launches are appended to the list."""
+    """Inside, the backend "triton" serves calls anywhere, and its launches are appended to the list."""
     launches: list[Launch] = []
 
     def record(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
@@ -64,7 +64,7 @@ def recording() -> Iterator[list[Launch]]:
 
     run, backend = launch._run, backends.BACKENDS["triton"]
     launch._run = record
-    backends.BACKENDS["triton"] = dataclasses.replace(backend, devices=frozenset({"cpu"}), why_not=lambda: None)
+    backends.BACKENDS["triton"] = dataclasses.replace(backend, devices=frozenset(), why_not=lambda: None)
     try:
         yield launches
     finally:

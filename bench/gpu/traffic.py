@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from .calls import Call, all_calls
+from .calls import Call, Results, all_calls
 from .launches import Launch, launches_of
 
 
@@ -29,10 +29,10 @@ def bytes_of(launch: Launch) -> int:
     )
 
 
-def bytes_of_call(call: Call, *, backward: bool = True) -> dict[str, int]:
-    """By kernel, in the order of the first launches of each."""
+def bytes_of_call(prepare: Callable[[], Callable[[], Results]], *, backward: bool = True) -> dict[str, int]:
+    """By kernel, in the order of the first launches of each; ``prepare`` returns the call."""
     found: dict[str, int] = {}
-    for launch in launches_of(call.prepare, backward=backward):
+    for launch in launches_of(prepare, backward=backward):
         found[launch.name] = found.get(launch.name, 0) + bytes_of(launch)
     return found
 
@@ -43,7 +43,7 @@ def table(calls: Iterable[Call], bandwidth: float) -> str:
         "|---|---|---:|---:|",
     ]
     for call in calls:
-        for kernel, size in bytes_of_call(call).items():
+        for kernel, size in bytes_of_call(call.prepare).items():
             lines.append(f"| {call} | {kernel.strip('_')} | {size / 1e6:.1f} | {size / bandwidth / 1e3:.1f} |")
     return "\n".join(lines)
 
