@@ -11,10 +11,10 @@ export SCA_REQUIRE_NATIVE ?= 1
 export SCA_CUDA ?= $(if $(wildcard /dev/nvidia0),,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format compile-gpu gpu gpu-build gpu-test gpu-bench bench bench-check report sanitize native clean
+.PHONY: help demo test lint format compile-gpu gpu gpu-build gpu-test gpu-bench bench bench-check training-proof report sanitize native clean
 
 help: ## list these targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: native ## train a small SCAM on two portraits and exchange their backgrounds; writes a picture
 	$(RUN) demo/run.py
@@ -60,6 +60,9 @@ bench: native ## the benchmarks at full size
 
 bench-check: native ## a few benchmarks again: has anything become slower than committed?
 	$(RUN) -m bench.check
+
+training-proof: native ## does training do what SCAM promises? docs/training-proof.md, in half an hour
+	$(RUN) -m bench.training_proof
 
 report: $(VENV)/.installed ## docs/performance.md and its pictures, from the results of make bench
 	$(RUN) -m bench.performance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +114,21 @@ def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
     one, same, other = files("one", 0), files("same", 0), files("other", 1)
     assert one == same and one.keys() == other.keys() and len(one) == 8
     assert all(one[name] != other[name] for name in one)
+
+
+def test_an_interrupted_run_leaves_no_half_data_set_and_is_repeated(tmp_path: Path) -> None:
+    def interrupted(figures: Iterable[FigureSeeds], count: int) -> Iterator[FigureSeeds]:
+        yield next(iter(figures))
+        raise KeyboardInterrupt
+
+    folder, sizes = tmp_path / "data", {"height": 32, "width": 32, "identities": 1, "test_identities": 1, "pictures": 2}
+    with pytest.raises(KeyboardInterrupt):
+        make_data(folder, **sizes, progress=interrupted)
+    assert list(folder.iterdir()) == []
+    (folder / ".unfinished" / "train" / "images").mkdir(parents=True)  # what a run leaves that was killed
+    make_data(folder, **sizes)
+    assert sorted(path.name for path in folder.iterdir()) == ["test", "train"]
+    assert check(folder, TINY) == []
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

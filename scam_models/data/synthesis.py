@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,6 +18,7 @@ from .figures import Appearance, Background, Drawing, Pose, draw
 
 IDENTITIES_FILE = "identities.json"
 _SEEDS_PER_SPLIT = 1_000_000
+_UNFINISHED = ".unfinished"
 # Only for viewers of the label files: background, skin, hair, top, bottom, shoes.
 _PALETTE = ((38, 70, 83), (244, 196, 140), (120, 72, 40), (214, 72, 66), (66, 100, 214), (52, 150, 80))
 
@@ -66,7 +68,8 @@ def make_data(
     second of two kinds of cloth, which the labels do not tell apart. Nobody is in both splits.
 
     Args:
-        folder: to be made; it may exist if it is empty.
+        folder: to be made; it may exist if it is empty. It stays so, but for a hidden folder, until everything
+            is drawn: a run that was interrupted leaves no half data set, and is simply repeated.
         height, width: of the pictures, from 32 to 1024.
         identities, test_identities: numbers of people in the splits.
         pictures: of each person, each in a pose and before a background of its own.
@@ -90,27 +93,21 @@ def make_data(
     for name, count in (("identities", identities), ("test_identities", test_identities), ("pictures", pictures)):
         if not 1 <= count < _SEEDS_PER_SPLIT // 1000:
             raise InputError(f"{name}: expected 1 to {_SEEDS_PER_SPLIT // 1000 - 1}, got {count}")
-    if folder.is_dir() and any(folder.iterdir()):
+    unfinished = folder / _UNFINISHED
+    if folder.is_dir() and any(path != unfinished for path in folder.iterdir()):
         raise InputError(f"{folder}: is not empty; name a new folder")
     splits = {
         "train": _figures(2 * seed, identities, pictures),
         "test": _figures(2 * seed + 1, test_identities, pictures),
     }
-    for split, figures in splits.items():
-        place = folder / split
-        for kind in ("images", "labels", "cloth"):
-            (place / kind).mkdir(parents=True)
-        for name, seeds in zip(figures, progress(figures.values(), len(figures)), strict=True):
-            drawing = seeds.draw(height, width)
-            pixels = (drawing.image.permute(1, 2, 0) * 255).round().to(torch.uint8)
-            _to_image("RGB", pixels).save(place / "images" / f"{name}.png")
-            labels = _to_image("P", drawing.labels.to(torch.uint8))
-            # A shorter palette would be written with less than 8 bits a pixel.
-            labels.putpalette([value for colour in _PALETTE for value in colour] + [0] * 3 * (256 - len(_PALETTE)))
-            labels.save(place / "labels" / f"{name}.png")
-            _to_image("L", drawing.cloth).save(place / "cloth" / f"{name}.png")
-        described = {name: asdict(seeds) for name, seeds in figures.items()}
-        (place / IDENTITIES_FILE).write_text(json.dumps(described, indent=1) + "\n")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    try:
+        for split, figures in splits.items():
+            _write_split(unfinished / split, figures, height, width, progress(figures.values(), len(figures)))
+        for split in splits:
+            (unfinished / split).replace(folder / split)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def read_identities(folder: str | PathLike[str], split: str) -> dict[str, FigureSeeds]:
@@ -126,6 +123,24 @@ def read_identities(folder: str | PathLike[str], split: str) -> dict[str, Figure
         raise FileError(path, "no such file; 'scam make-data' writes it") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise FileError(path, "does not name the seeds of each picture; make the data set anew") from error
+
+
+def _write_split(
+    place: Path, figures: Mapping[str, FigureSeeds], height: int, width: int, drawn: Iterable[FigureSeeds]
+) -> None:
+    for kind in ("images", "labels", "cloth"):
+        (place / kind).mkdir(parents=True)
+    for name, seeds in zip(figures, drawn, strict=True):
+        drawing = seeds.draw(height, width)
+        pixels = (drawing.image.permute(1, 2, 0) * 255).round().to(torch.uint8)
+        _to_image("RGB", pixels).save(place / "images" / f"{name}.png")
+        labels = _to_image("P", drawing.labels.to(torch.uint8))
+        # A shorter palette would be written with less than 8 bits a pixel.
+        labels.putpalette([value for colour in _PALETTE for value in colour] + [0] * 3 * (256 - len(_PALETTE)))
+        labels.save(place / "labels" / f"{name}.png")
+        _to_image("L", drawing.cloth).save(place / "cloth" / f"{name}.png")
+    described = {name: asdict(seeds) for name, seeds in figures.items()}
+    (place / IDENTITIES_FILE).write_text(json.dumps(described, indent=1) + "\n")
 
 
 def _figures(block: int, identities: int, pictures: int) -> dict[str, FigureSeeds]:

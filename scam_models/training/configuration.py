@@ -146,7 +146,7 @@ def training_preset(name: str, *, latents: int = 8, data: DataConfiguration | No
             discriminator=replace(discriminator, first_channels=16),
             steps=2000,
             batch_size=8,
-            generator_rate=2e-3,
+            generator_rate=1e-3,
             discriminator_rate=1e-3,
             average_decay=0.99,
             validate_every=200,

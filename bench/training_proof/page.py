@@ -1,0 +1,212 @@
+"""The page that says what was found. What it claims follows from the figures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from scam_models.files import write_whole
+
+from .results import Division, Result
+from .trainings import Extent
+
+_PAGE = """# Proof on real training
+
+`make training-proof` made this page: it draws the procedural data set (`scam make-data`), trains the preset `tiny`
+with 8 latents for each label and with 1, which is one style for each label as in SEAN, from {seeds} seeds each, and
+measures them on {test_identities} people that no training has seen. Everything but the number of latents is the same:
+{steps} steps of {batch_size} images of 64 x 64 pixels, from {identities} people in {pictures} pictures each, with L1
+as the only loss, which PSNR likes best; so nothing here is sharp, and a discriminator would make it sharper and the
+figures worse.
+
+{machine}. A training took {seconds}.
+
+## More latents reconstruct better
+
+{verdict}
+
+{reconstruction}
+
+A picture with every label in its true mean colour, which one perfect flat style for each label would give, has
+{flat:.2f} dB.
+
+![pictures, and their reconstructions with 8 latents and with 1](training-proof/reconstructions.png)
+
+*From above: pictures, reconstructions with 8 latents for each label, and with 1. The first picture of each of the
+first eight test people; nobody picked them.*
+
+## Transfers keep pose, subject and background
+
+The subject of each picture before the background of somebody else's, compared with the true picture of it, which the
+procedural data set can draw: `FigureSeeds(person, pose, background).draw(64, 64)`. Beside it stands what the same
+model makes of the same label map when nothing is exchanged, and when the subject's latents come from the other
+picture too: a transfer should be as good as the first at the subject and as the second at the background. Differences
+of colours are between means, and between standard deviations, over each region, in 255ths.
+
+{transfers}
+
+PSNR in the other's pose is against the same person and the same background, but standing as the other does. All
+figures are means over seeds.
+
+![subjects, backgrounds, true transfers, transfers with 8 latents and with 1](training-proof/transfers.png)
+
+*From above: subjects, whose backgrounds come from the second row; true pictures of the transfers; transfers with 8
+latents, and with 1.*
+
+## What attention divides
+
+The label `background` holds a wall and a floor, and in half of the people the label `top` holds two kinds of cloth.
+Nothing tells the model. Each pixel is taken for the latent of its label that it attends to most in the generator's
+last modulation, and this division of the region is compared with the true one: purity, the share of pixels that are
+right if each latent stands for what most of its pixels are, and normalised mutual information, 1 for the same
+division and 0 for unrelated ones. *Shuffled* is what comes out when the pixels of the region have changed places.
+*Misplaced* compares with a truth that position alone would find just as likely: the horizon of another picture, and
+for cloth the other seam, across the chest where it is along the body. What exceeds it follows the picture; what does
+not is where such things usually are.
+
+{divisions}
+
+![people in two kinds of cloth, the true division, strongest latents; then the other seam](training-proof/attention.png)
+
+*From above: people in two kinds of cloth, which pixels show which, and each pixel in the colour of its strongest
+latent; then the same people in the same poses with the other seam. The first of the test people who wear two kinds.*
+"""
+
+
+def write_page(
+    path: Path, results: Sequence[Result], extent: Extent, machine: Mapping[str, str | float], flat_psnr: float
+) -> None:
+    """Writes the page.
+
+    Args:
+        path: of the page.
+        results: of all trainings.
+        extent: how much was done.
+        machine: see :func:`bench.report.describe_machine`, and "threads".
+        flat_psnr: of pictures with every label in its mean colour.
+    """
+    most, least = _by_latents(results)
+    text = _PAGE.format(
+        seeds=extent.seeds,
+        test_identities=extent.test_identities,
+        steps=extent.steps,
+        batch_size=extent.batch_size,
+        identities=extent.identities,
+        pictures=extent.pictures,
+        machine=_describe(machine),
+        seconds=" and ".join(f"{_mean(group, _seconds):.0f} s with {group[0].latents}" for group in (most, least))
+        + " latents (seconds of the processor)",
+        verdict=_verdict(most, least),
+        reconstruction=_reconstruction_table(most, least),
+        flat=flat_psnr,
+        transfers=_transfer_table(most, least),
+        divisions=_division_table(most),
+    )
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def _by_latents(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
+    counts = sorted({result.latents for result in results}, reverse=True)
+    most, least = ([result for result in results if result.latents == latents] for latents in counts)
+    return most, least
+
+
+def _describe(machine: Mapping[str, str | float]) -> str:
+    threads = f"{machine['threads']} thread" + ("s" if machine["threads"] != 1 else "")
+    return f"{machine['date']}, commit {machine['commit']}, {machine['device']}, {threads}, PyTorch {machine['torch']}"
+
+
+def _verdict(most: Sequence[Result], least: Sequence[Result]) -> str:
+    differences = [one.psnr - other.psnr for one, other in zip(most, least, strict=True)]
+    better = sum(difference > 0 for difference in differences)
+    return (
+        f"With {most[0].latents} latents the reconstructions of test pictures are better from {better} of "
+        f"{len(differences)} seeds, by {min(differences):.2f} to {max(differences):.2f} dB."
+    )
+
+
+def _reconstruction_table(most: Sequence[Result], least: Sequence[Result]) -> str:
+    rows = [
+        ["PSNR of reconstructions, dB", "parameters", "mean", *(f"seed {result.seed}" for result in most)],
+        *(
+            [
+                f"{group[0].latents} latents for each label" if group[0].latents > 1 else "1 latent for each label",
+                f"{group[0].parameters / 1e6:.2f} M",
+                f"{_mean(group, _psnr):.2f}",
+                *(f"{result.psnr:.2f}" for result in group),
+            ]
+            for group in (most, least)
+        ),
+        [
+            "difference",
+            "",
+            f"{_mean(most, _psnr) - _mean(least, _psnr):+.2f}",
+            *(f"{one.psnr - other.psnr:+.2f}" for one, other in zip(most, least, strict=True)),
+        ],
+    ]
+    return _table(rows)
+
+
+_MEASURES: Mapping[str, tuple[str, int]] = {
+    "PSNR, dB": ("whole", 2),
+    "PSNR in the other's pose, dB": ("other_pose", 2),
+    "PSNR of the background, dB": ("background", 2),
+    "PSNR of the subject, dB": ("subject", 2),
+    "mean colour of the background": ("background_colour", 1),
+    "mean colours of the subject": ("subject_colour", 1),
+    "deviation of the background's colours": ("background_deviation", 1),
+    "deviation of the subject's colours": ("subject_deviation", 1),
+}
+_WAYS = {"own_background": "nothing exchanged", "transfer": "transfer", "other_subject": "all from the other"}
+
+
+def _transfer_table(most: Sequence[Result], least: Sequence[Result]) -> str:
+    groups = (most, least)
+    header = ["against the true picture"]
+    header += [f"{way}, {group[0].latents}" for group in groups for way in _WAYS.values()]
+    rows = [header]
+    for name, (field, digits) in _MEASURES.items():
+        cells = [
+            f"{statistics.fmean(getattr(getattr(result, way), field) for result in group):.{digits}f}"
+            for group in groups
+            for way in _WAYS
+        ]
+        rows.append([name, *cells])
+    return _table(rows)
+
+
+def _division_table(most: Sequence[Result]) -> str:
+    columns: Mapping[str, Callable[[Division], float]] = {
+        "larger part": lambda division: division.largest,
+        "purity": lambda division: division.purity,
+        "shuffled": lambda division: division.shuffled_purity,
+        "information": lambda division: division.information,
+        "shuffled ": lambda division: division.shuffled_information,
+        "misplaced": lambda division: division.misplaced_information,
+    }
+    rows = [["region", "seed", "pictures", *columns]]
+    for name, field in (("wall and floor", "surfaces"), ("two kinds of cloth", "cloths")):
+        for result in most:
+            division: Division = getattr(result, field)
+            cells = [f"{column(division):.2f}" for column in columns.values()]
+            rows.append([name, str(result.seed), str(division.pictures), *cells])
+    return _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    header, *others = rows
+    lines = [header, ["---"] * len(header), *others]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _mean(results: Sequence[Result], field: Callable[[Result], float]) -> float:
+    return statistics.fmean(map(field, results))
+
+
+def _psnr(result: Result) -> float:
+    return result.psnr
+
+
+def _seconds(result: Result) -> float:
+    return result.seconds
