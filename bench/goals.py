@@ -118,18 +118,91 @@ _LINE = r"65,536 pixels, 19 labels"
 _SAME_AS_SHOWN = r"forward( \+ backward)?"
 
 
+_WHY_NOT_FLEX = (
+    "the goal came from a FlexAttention that took 26 ms where a copy took 3.6; with the blocks and masks of "
+    "`bench/flex.py` it takes less than 8 where a copy takes 2.8"
+)
+_WHY_LABELS_COST = (
+    "all labels occur in these maps: at 256 x 256 a tile of 8 x 32 pixels holds 13.0 labels of 151 on average, but 1.6 "
+    "of 3 (counted), each with rows of latents and part-filled vectors of its own; at 64 x 64 each of 151 labels has "
+    "27 pixels, whose features are fewer bytes than the rows of its 8 latents"
+)
+_WHY_ROWS_COST = "the rows of keys and values, and their gradients, of 151 labels are 5 MB; those of 3 stay in a cache"
+_OPERATIONS = (
+    "counted: 88 multiply-adds for each number of the map (logits twice, scale and shift, and the gradients of all of "
+    "them, for 8 latents), where instance norm has about ten"
+)
+_WHY_NOT_LARGE = {
+    False: (
+        "the goal came from a map of rectangles (the row of blocks below): one label in a tile of 8 x 32 pixels. "
+        "Regions leave 2.9 in a tile, which is then turned, so that pixels can be taken one by one: with AVX2 even "
+        "stripes of 16 pixels take twice the time of rectangles, 57 % of it (perf) for turning, which reads and writes "
+        "64 planes in pieces of 128 bytes"
+    ),
+    True: _OPERATIONS,
+}
+_WHY_NOT_SMALL = {
+    False: (
+        "counted: at 8 x 8 the rows of 152 latents (keys, scale, shift) are 1.9 MB, the map is 0.26 MB; and a call of "
+        "instance norm takes so little that the way to the kernel counts"
+    ),
+    True: "counted: at 8 x 8 the rows of 152 latents and their gradients are 3.7 MB, the map and its gradients 0.8 MB",
+}
+_WHY_NOT_BLOCKS = {
+    False: (
+        "measured both ways: alone it takes half of instance norm's time, in turns with the dense formulations, which "
+        "leave nothing of the map in the caches, more"
+    ),
+    True: _OPERATIONS,
+}
+_WHY_NOT_MODULE = (
+    "profiled (AVX2): 60 to 80 % of the time are the operators themselves, 5 to 20 % products of the latents, 5 to "
+    "15 % Python and the way to the operators; the rest are small operators"
+)
+_WHY_NOT_MODEL = (
+    "the published code takes only 7 to 8 times as long as its convolutions alone at 19 labels (5.5 in training), 35 "
+    "(20 to 24) at 151, so that attention would have to be nearly free; docs/profile.md has the shares of what is left"
+)
+_WHY_OVERHEAD = (
+    "profiled: some 120 calls of Python functions and methods check the arguments, allocate three results and a "
+    "workspace (a fifth of the time), and tell the kernel where tensors lie; instance norm is one call of C++"
+)
+
+
 def _of_operator(operator: str) -> list[Target]:
     """The goals that the operators on feature maps share."""
     large, small = {
         "semantic_modulate": (MODULATE_LARGE, MODULATE_SMALL),
         "semantic_pool": (POOL_LARGE, POOL_SMALL),
     }[operator]
-    return [
-        Target(f"`{operator}`, {where}, {name}", rf"{operator}, {re.escape(name)}: {_SHAPES}", rows, goals[backward])
-        for where, rows, goals in (("64 and 128 channels", _LARGE, large), ("64 x 64 and below", _SMALL, small))
-        for backward, name in ((False, "forward"), (True, "forward + backward"))
+    passes = ((False, "forward"), (True, "forward + backward"))
+    of_shapes = [
+        Target(
+            f"`{operator}`, {where}, {name}",
+            rf"{operator}, {re.escape(name)}: {_SHAPES}",
+            rows,
+            goals[backward],
+            reason=reasons[backward],
+        )
+        for where, rows, goals, reasons in (
+            ("64 and 128 channels", _LARGE, large, _WHY_NOT_LARGE),
+            ("64 x 64 and below", _SMALL, small, _WHY_NOT_SMALL),
+        )
+        for backward, name in passes
         if backward in goals
     ]
+    of_blocks = [
+        Target(
+            f"the same, 64 channels, label map of blocks, {name}",
+            rf"{operator} on label maps, {re.escape(name)}: .*",
+            "blocks, 19 labels",
+            large[backward],
+            reason=_WHY_NOT_BLOCKS[backward],
+        )
+        for backward, name in passes
+        if backward in large
+    ]
+    return [*of_shapes, *of_blocks]
 
 
 def _of_modules() -> list[Target]:
@@ -139,6 +212,7 @@ def _of_modules() -> list[Target]:
             rf"Modulation, (simplex|duplex), {re.escape(name)}: k = 8, D = 256, float32; everything counted",
             rf"64 channels, 256 x 256, {num_labels} labels .*",
             module(num_labels, backward),
+            reason=_WHY_NOT_MODULE,
         )
         for num_labels in (19, 151)
         for backward, name in ((False, "forward"), (True, "forward + backward"))
@@ -153,23 +227,16 @@ def _of_models() -> list[Target]:
         step = r"Encoder \+ generator, training step: k = 8, float32"
         beside_published = {backward: model(name, backward)[: len(_OUR_MODELS)] for backward in (False, True)}
         targets += [
-            Target(f"encoder + generator, {name}, inference", inference, rows, beside_published[False]),
-            Target(f"encoder + generator, {name}, inference", inference, rows, _model_beside_compiled(name)),
-            Target(f"encoder + generator, {name}, inference", inference, rows, _model_beside_convolutions(name)),
-            Target(f"encoder + generator, {name}, training step", step, rows, beside_published[True]),
+            Target(f"encoder + generator, {name}, {title}", table, rows, goals, reason=_WHY_NOT_MODEL)
+            for title, table, goals in (
+                ("inference", inference, beside_published[False]),
+                ("inference", inference, _model_beside_compiled(name)),
+                ("inference", inference, _model_beside_convolutions(name)),
+                ("training step", step, beside_published[True]),
+            )
         ]
     return targets
 
-
-_WHY_NOT_FLEX = (
-    "the goal came from a FlexAttention that took 26 ms where a copy took 3.6; with the blocks and masks of "
-    "`bench/flex.py` it takes less than 8 where a copy takes 2.8"
-)
-_WHY_LABELS_COST = (
-    "all labels occur in these maps: at 256 x 256 a tile of 8 x 32 pixels holds 13.0 labels of 151 on average, but 1.6 "
-    "of 3 (counted), each with rows of latents and part-filled vectors of its own; at 64 x 64 each of 151 labels has "
-    "27 pixels"
-)
 
 TARGETS = [
     *(
@@ -197,6 +264,7 @@ TARGETS = [
         r"Growth with labels: .*",
         r".*",
         GROWTH_WITH_LABELS,
+        reason=_WHY_ROWS_COST,
     ),
     *(
         Target(
@@ -226,7 +294,13 @@ TARGETS = [
         r"(65,536 pixels|random), \d+ labels",
         NOISE,
     ),
-    Target("overhead of a tiny call", r"(.*, o|O)verhead of a call: .*", r"with(out)? gradients", OVERHEAD),
+    Target(
+        "overhead of a tiny call",
+        r"(.*, o|O)verhead of a call: .*",
+        r"with(out)? gradients",
+        OVERHEAD,
+        reason=_WHY_OVERHEAD,
+    ),
     Target(
         "on a GPU: `semantic_modulate`, bfloat16, >= 75% of the copy bandwidth, >= 10x the compiled published module",
         "",
