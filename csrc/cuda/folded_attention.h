@@ -12,6 +12,8 @@ namespace sca::cuda {
 constexpr int kTilePixels = 32;
 constexpr int kRowGroup = 8;     // rows that are worked on at once
 constexpr int kSharedRows = 64;  // rows of a tile that fit into shared memory; more go to the workspace
+// Into which sums over channels are cut, so that all warps of a block have a piece of a group's products.
+constexpr int kTileParts = kThreads / kTilePixels / 2;
 
 // The threads of a block share out a tile of pixels and all channels.
 struct TileLanes {
@@ -52,16 +54,16 @@ struct TileLanes {
   }
 };
 
-// Calls finish(row, p, sum of a_of(p)[k] b_of(row)[k] over k < depth) for the pixels of a tile and all rows.
+// Calls finish(row, p, sum of a_of(p)[k] b_of(row)[k] over k < depth) for the pixels of a tile and all rows. Shared has
+// sums[kRowGroup][kTileParts * kTilePixels], or more.
 template <typename ScalarA, typename ScalarB, typename Shared, typename A, typename B, typename Finish>
 SCA_DEVICE void multiply_tile(const Block& run, int pixels, int rows, int64_t depth, Shared& shared, const A& a_of,
                               const B& b_of, const Finish& finish) {
-  constexpr int kParts = kThreads / kTilePixels / 2;  // with which all warps of a block have a piece
   for (int first = 0; first < rows; first += kRowGroup) {
     const int count = smaller(rows - first, kRowGroup);
     run.each_thread([&](int thread) {
       multiply<ScalarA, ScalarB>(
-          run, thread, pixels, count, depth, kParts, a_of, [&](int64_t i) { return b_of(first + i); },
+          run, thread, pixels, count, depth, kTileParts, a_of, [&](int64_t i) { return b_of(first + i); },
           [&](int part, int64_t p, int64_t i, float sum) { shared.sums[i][part * kTilePixels + p] = sum; });
     });
     run.each_thread([&](int thread) {
@@ -69,7 +71,7 @@ SCA_DEVICE void multiply_tile(const Block& run, int pixels, int rows, int64_t de
         const int i = index / pixels, p = index % pixels;
         float sum = 0;
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) sum += shared.sums[i][part * kTilePixels + p];
+        for (int part = 0; part < kTileParts; ++part) sum += shared.sums[i][part * kTilePixels + p];
         finish(first + i, p, sum);
       }
     });

@@ -24,9 +24,11 @@ struct Forward {
   Staging<Scalar> staging;
   FinishStatistics<float> finish;
 
+  static constexpr int kChannels = 32;  // that are worked on at once
   struct Shared {
-    float sums[kRowGroup][kThreads];
+    float sums[kRowGroup][kTileParts * kTilePixels];
     float weights[kSharedRows * kTilePixels];
+    float scale[kChannels][kTilePixels + 8], shift[kChannels][kTilePixels + 8];
     CopyBarrier barrier;
   };
   // Positions of a plan.
@@ -73,7 +75,13 @@ struct Forward {
           const Tile tile = logits.tile(run, begin);
           const auto features_of = [&](int64_t p) { return features(cluster.extra(), of, tile, static_cast<int>(p)); };
           modulation.attend(block, tile, shared, weights, features_of);
-          block.each_thread([&](int thread) { write(tile, thread, weights, features_of); });
+          for (int64_t channel = 0; channel < logits.channels; channel += kChannels) {
+            block.each_thread([&](int thread) {
+              weigh_rows(block, tile, thread, modulation.call.scale, channel, weights, shared.scale);
+              weigh_rows(block, tile, thread, modulation.call.shift, channel, weights, shared.shift);
+            });
+            block.each_thread([&](int thread) { write(tile, thread, channel, shared, features_of); });
+          }
         }
         begin = run.end;
       }
@@ -114,21 +122,47 @@ struct Forward {
     });
   }
 
+  // The sums over latents and heads of some channels of a table, from `begin` on, with the weights of a tile.
+  SCA_DEVICE void weigh_rows(const Block& run, const Tile& tile, int thread, const void* table, int64_t begin,
+                             const float* weights, float (&sums)[kChannels][kTilePixels + 8]) const {
+    const sca_semantic_modulate& call = modulation.call;
+    const int64_t latents = tile.block.latents, channels = smaller<int64_t>(call.channels - begin, kChannels);
+    for (int64_t head = 0; latents > 0 && head < call.heads; ++head) {
+      const int64_t row = head * latents, of_head = modulation.logits.rows.index(tile, static_cast<int>(row));
+      const float* const first = static_cast<const float*>(table) + of_head * call.channels + begin;
+      multiply<float, float>(
+          run, thread, channels, tile.pixels, latents, 1,
+          [&](int64_t c) -> Features<float> { return {first + c, call.channels}; },
+          [&](int64_t p) -> Features<float> { return {weights + row * kTilePixels + p, kTilePixels}; },
+          [&](int, int64_t c, int64_t p, float sum) { sums[c][p] = head > 0 ? sums[c][p] + sum : sum; });
+    }
+  }
+
   template <typename FeaturesOf>
-  SCA_DEVICE void write(const Tile& tile, int thread, const float* weights, const FeaturesOf& features_of) const {
+  SCA_DEVICE void write(const Tile& tile, int thread, int64_t begin, const Shared& shared,
+                        const FeaturesOf& features_of) const {
     const TileLanes& lanes = modulation.logits.lanes;
     const int p = lanes.pixel(thread);
     if (!lanes.inside(thread) || p >= tile.pixels) return;
     const sca_semantic_modulate& call = modulation.call;
-    const int64_t base = modulation.logits.offset(call.out, tile, p);
     const Features<Scalar> x = features_of(p);
+    const int64_t base = modulation.logits.offset(call.out, tile, p), end = smaller(begin + kChannels, call.channels);
     const auto slope = static_cast<float>(call.negative_slope);
-    for (int64_t first = lanes.channel(thread); first < call.channels; first += kChannelGroup * lanes.channels) {
-      const auto elements = modulation.at(tile, p, x, first, weights);
+    for (int64_t first = begin + lanes.channel(thread); first < end; first += kChannelGroup * lanes.channels) {
+      const auto add_rows = [&](const int64_t (&channel)[kChannelGroup], auto& of) {
+        if (tile.rows == 0) return;
+#pragma unroll
+        for (int k = 0; k < kChannelGroup; ++k) {
+          const int64_t c = smaller(channel[k], end - 1) - begin;
+          of.factor[k] += shared.scale[c][p];
+          of.before[k] += shared.shift[c][p];
+        }
+      };
+      const auto elements = modulation.formula(tile, p, x, first, add_rows);
 #pragma unroll
       for (int k = 0; k < kChannelGroup; ++k) {
         const int64_t channel = first + k * lanes.channels;
-        if (channel >= call.channels) break;
+        if (channel >= end) break;
         const float value = elements.before[k];
         narrow(value > 0 ? value : value * slope,
                static_cast<Scalar*>(call.out.data)[base + channel * call.out.channel_stride]);

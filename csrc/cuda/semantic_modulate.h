@@ -44,30 +44,38 @@ struct Modulation {
 
   SCA_DEVICE Elements at(const Tile& tile, int p, const Features<Scalar>& x, int64_t first,
                          const float* weights) const {
+    return formula(tile, p, x, first, [&](const int64_t (&channel)[kChannelGroup], Elements& of) {
+      for (int row = 0; row < tile.rows; ++row) {
+        const float weight = weights[row * kTilePixels + p];
+        const int64_t begin = logits.rows.index(tile, row) * call.channels;
+#pragma unroll
+        for (int k = 0; k < kChannelGroup; ++k) {
+          of.factor[k] += weight * static_cast<const float*>(call.scale)[begin + channel[k]];
+          of.before[k] += weight * static_cast<const float*>(call.shift)[begin + channel[k]];
+        }
+      }
+    });
+  }
+
+  // add_rows(channels, elements) adds what the rows of latents are to `factor`, and to the shift in `before`.
+  template <typename AddRows>
+  SCA_DEVICE Elements formula(const Tile& tile, int p, const Features<Scalar>& x, int64_t first,
+                              const AddRows& add_rows) const {
     const int64_t image = tile.block.image;
     int64_t channel[kChannelGroup];
     Elements of;
-    float offset[kChannelGroup];
 #pragma unroll
     for (int k = 0; k < kChannelGroup; ++k) {
       channel[k] = smaller(first + k * logits.lanes.channels, call.channels - 1);
       const int64_t index = image * call.channels + channel[k];
       of.factor[k] = (call.add_one ? 1.0f : 0.0f) + number(call.scale_bias, index);
-      offset[k] = number(call.shift_bias, index);
+      of.before[k] = number(call.shift_bias, index);
       if (tile.rows == 0) {
         of.factor[k] += number(empty_scale, index);
-        offset[k] += number(empty_shift, index);
+        of.before[k] += number(empty_shift, index);
       }
     }
-    for (int row = 0; row < tile.rows; ++row) {
-      const float weight = weights[row * kTilePixels + p];
-      const int64_t begin = logits.rows.index(tile, row) * call.channels;
-#pragma unroll
-      for (int k = 0; k < kChannelGroup; ++k) {
-        of.factor[k] += weight * static_cast<const float*>(call.scale)[begin + channel[k]];
-        offset[k] += weight * static_cast<const float*>(call.shift)[begin + channel[k]];
-      }
-    }
+    add_rows(channel, of);
     const uint32_t pixel = logits.pixel(tile, p);
 #pragma unroll
     for (int k = 0; k < kChannelGroup; ++k) {
@@ -75,7 +83,7 @@ struct Modulation {
       of.x[k] = x[channel[k]];
       of.normalized[k] = (of.x[k] - number(call.mean, index)) * number(call.rstd, index);
       of.noise[k] = noise.present() ? noise.at(image, channel[k], pixel) : 0.0f;
-      of.before[k] = of.factor[k] * of.normalized[k] + offset[k] + noise.strength(index) * of.noise[k];
+      of.before[k] += of.factor[k] * of.normalized[k] + noise.strength(index) * of.noise[k];
     }
     return of;
   }

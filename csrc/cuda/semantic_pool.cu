@@ -22,7 +22,7 @@ struct PartialPools {
   Moments* moments;      // of the label blocks, (image * channels + channel) * blocks.per_image + block; null: not made
 
   struct Shared {
-    float sums[kRowGroup][kThreads];
+    float sums[kRowGroup][kTileParts * kTilePixels];
     float weights[kSharedRows * kTilePixels];
     float x[kStaged ? 1 : kChannels][kTilePixels + 1];
     CopyBarrier barrier;
