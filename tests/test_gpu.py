@@ -56,13 +56,17 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def calls(*dtypes: torch.dtype) -> Any:
-    """Every call of every backend; in a rehearsal those that do not take Triton's interpreter minutes."""
+    """Every call of every backend, but for what would take Triton's compiler, or its interpreter, minutes."""
+
+    def is_quick(call: Call) -> bool:
+        return call.headline or call.dtype == torch.bfloat16 if ON_A_GPU else call.name == "by channel, channels last"
+
     shrink = {"triton": 32, "cuda": 16}
     found = [
         of(name, call, label=str(call))
         for name in BACKENDS
         for call in all_calls(dtypes, shrink=1 if ON_A_GPU else shrink[name])
-        if name in call.backends and (ON_A_GPU or name == "cuda" or call.name == "by channel, channels last")
+        if name in call.backends and (name == "cuda" or is_quick(call))
     ]
     return pytest.mark.parametrize(("kernels", "call"), found, indirect=["kernels"])
 

@@ -1,10 +1,11 @@
 """Everything that a machine with a GPU is for, in parts that cost each other nothing: what ``make gpu`` runs.
 
-    python -m bench.gpu.parts [build] [test] [bench]
+    python -m bench.gpu.parts [build] [test] [bench] [--only cuda]
 
 builds the kernels for the GPU that is there, runs the tests in several processes, then the benchmarks, and writes
 ``docs/gpu-validation.md``. Each part has a limit of its own, whatever fails or hangs the next one runs, and a table
-comes last. What each part printed is in ``build/gpu``.
+comes last. What each part printed is in ``build/gpu``. With ``--only``, the tests are those of the parts with that word
+in their names, and are not counted in the results.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def testing_parts() -> list[Part]:
     own, offsets, sanitized = "not sanitizer and not 32_bits", "32_bits", "sanitizer"
     found = [
         *_shares("own, cuda", 1, "test_gpu.py", "cuda", own),
-        *_shares("own, triton", 4, "test_gpu.py", "triton", own),
+        *_shares("own, triton", 6, "test_gpu.py", "triton", own),
         *_shares("32 bits", 1, "test_gpu.py", "gpu", offsets),
     ]
     for operator in sorted(BACKENDS["cuda"].operators or ()):
@@ -168,9 +169,10 @@ def _shares(name: str, shares: int, file: str, marker: str, words: str = "") -> 
     return made
 
 
-def test(device: Device) -> list[Outcome]:
+def test(device: Device, only: str = "") -> list[Outcome]:
+    """Several parts at a time. With ``only``, those with that in their names, whose results are not recorded."""
     deadline = time.monotonic() + TEST_SECONDS
-    parts = testing_parts()
+    parts = [part for part in testing_parts() if only in part.name]
 
     def run_until_deadline(part: Part) -> Outcome:
         assert part.progress is not None
@@ -182,7 +184,8 @@ def test(device: Device) -> list[Outcome]:
     with ThreadPoolExecutor(processes) as pool:
         ended = list(pool.map(run_until_deadline, parts))
     known = [outcomes(part.progress) for part in parts if part.progress is not None]
-    record({test: outcome for found in known for test, outcome in found.items()}, device)
+    if not only:
+        record({test: outcome for found in known for test, outcome in found.items()}, device)
     return [summary(outcome, found) for outcome, found in zip(ended, known, strict=True)]
 
 
@@ -238,7 +241,7 @@ STEPS = {"build": [build], "test": [test], "bench": [bench, write_page]}
 
 
 def table(ended: Sequence[Outcome]) -> str:
-    width = max(len(outcome.name) for outcome in ended)
+    width = max((len(outcome.name) for outcome in ended), default=0)
     return "\n".join(
         f"{outcome.name:{width}}  {outcome.result:11}  {outcome.seconds:5.0f} s  {outcome.note}".rstrip()
         for outcome in ended
@@ -248,7 +251,9 @@ def table(ended: Sequence[Outcome]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("steps", nargs="*", metavar="|".join(STEPS), help="default: all")
-    steps = parser.parse_args().steps or list(STEPS)
+    parser.add_argument("--only", default="", help="a word in the names of the parts to be tested")
+    options = parser.parse_args()
+    steps = options.steps or list(STEPS)
     if unknown := set(steps) - set(STEPS):
         parser.error(f"expected some of {', '.join(STEPS)}, got {', '.join(unknown)}")
     device = find_device()
@@ -258,7 +263,7 @@ def main() -> None:
     ended: list[Outcome] = []
     for step in (step for name in steps for step in STEPS[name]):
         try:
-            ended += step(device)
+            ended += test(device, options.only) if step is test else step(device)
         except Exception as raised:
             ended.append(Outcome(step.__name__, "failed", 0, f"{type(raised).__name__}: {raised}"))
         print(table(ended), end="\n\n", flush=True)
