@@ -36,13 +36,14 @@ from .progress import FINISHED, outcomes
 LOGS = ROOT / "build" / "gpu"
 
 # Building and testing, and building and timing, are done inside ten minutes.
-BUILD_SECONDS = 150.0
-TEST_SECONDS = 420.0
+BUILD_SECONDS = 90.0
+TEST_SECONDS = 470.0
 COMPILE_SECONDS, KERNEL_SECONDS, RIVAL_SECONDS = 120.0, 70.0, 120.0
 GRACE = 25.0  # for the call that a benchmark is in when its time is over
 
 _FEWEST_PROCESSES, _MOST_PROCESSES = 4, 16
 _SHOWN = 3  # failed tests in the table
+_WIDEST = 160  # of a line that is repeated there
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Outcome:
     """What became of a part.
 
     Attributes:
-        result: "ok", "failed", or "out of time".
+        result: "ok", "skipped", "failed", or "out of time".
         note: what else there is to say.
     """
 
@@ -103,26 +104,53 @@ def run(part: Part) -> Outcome:
                 break
             command = [*part.command, *part.again]
     result = "out of time" if code is None else "ok" if code in part.good else "failed"
-    return Outcome(part.name, result, time.monotonic() - begin)
+    return Outcome(part.name, result, time.monotonic() - begin, "" if result == "ok" else last_line(part.log))
+
+
+def last_line(log: Path, containing: str = "") -> str:
+    """Of what a part printed."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line.strip()[:_WIDEST] for line in reversed(lines) if line.strip() and containing in line), "")
 
 
 def _written(path: Path | None) -> int | None:
     return None if path is None or not path.exists() else path.stat().st_mtime_ns
 
 
-def run_process(command: Sequence[str], seconds: float, output: int, environment: Mapping[str, str]) -> int | None:
-    """Its exit code, or None if it had to be ended, with whatever it had started."""
+def run_process(
+    command: Sequence[str], seconds: float, output: int, environment: Mapping[str, str], *, nested: bool = False
+) -> int | None:
+    """Its exit code, or None if it had to be ended, with all that it had started.
+
+    Args:
+        nested: whether whoever ends this process ends that one too.
+    """
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-        start_new_session=True,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=not nested,
+        preexec_fn=os.setpgrp if nested else None,
+    )
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        _end(process.pid)
         with contextlib.suppress(subprocess.TimeoutExpired):  # where the driver does not let go of it nobody waits
             process.wait(10)
         return None
+
+
+def _end(leader: int) -> None:
+    """Ends the processes of a session, or of a group."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if leader in (os.getsid(int(entry)), os.getpgid(int(entry))):
+                    os.kill(int(entry), signal.SIGKILL)
 
 
 def build(device: Device) -> list[Outcome]:
@@ -186,15 +214,24 @@ def test(device: Device, only: str = "") -> list[Outcome]:
     known = [outcomes(part.progress) for part in parts if part.progress is not None]
     if not only:
         record({test: outcome for found in known for test, outcome in found.items()}, device)
-    return [summary(outcome, found) for outcome, found in zip(ended, known, strict=True)]
+    return [summary(*ending) for ending in zip(parts, ended, known, strict=True)]
 
 
-def summary(outcome: Outcome, found: Mapping[str, str]) -> Outcome:
-    """With how many tests passed, and which did not."""
+def summary(part: Part, outcome: Outcome, found: Mapping[str, str]) -> Outcome:
+    """With how many tests passed, and which did not, or why none ran."""
+    totals = counts(found)
+    counted = ", ".join(f"{count} {name}" for name, count in totals.items() if count) or "no tests"
     bad = [test for test, result in found.items() if result in ("failed", "began")]
-    counted = ", ".join(f"{count} {name}" for name, count in counts(found).items() if count) or "no tests"
-    result = "failed" if outcome.result == "ok" and bad else outcome.result
-    return replace(outcome, result=result, note="; ".join([counted, *bad[:_SHOWN], *["..."] * (len(bad) > _SHOWN)]))
+    notes = [counted, *bad[:_SHOWN], *["..."] * (len(bad) > _SHOWN)]
+    result = outcome.result
+    if result == "ok" and bad:
+        result = "failed"
+    elif result == "ok" and not totals["passed"]:
+        result = "skipped"
+        notes.append(last_line(part.log, "SKIPPED"))
+    elif result != "ok" and not found:
+        notes.append(outcome.note)
+    return replace(outcome, result=result, note="; ".join(filter(None, notes)))
 
 
 def counts(found: Mapping[str, str]) -> dict[str, int]:
@@ -267,7 +304,7 @@ def main() -> None:
         except Exception as raised:
             ended.append(Outcome(step.__name__, "failed", 0, f"{type(raised).__name__}: {raised}"))
         print(table(ended), end="\n\n", flush=True)
-    sys.exit(any(outcome.result != "ok" for outcome in ended))
+    sys.exit(any(outcome.result not in ("ok", "skipped") for outcome in ended))
 
 
 if __name__ == "__main__":
