@@ -50,7 +50,7 @@ gpu-build:
 	$(PYTHON) -m bench.gpu.parts build
 
 gpu-test:
-	$(PYTHON) -m bench.gpu.parts build test
+	$(PYTHON) -m bench.gpu.parts build test $(if $(ONLY),--only $(ONLY))
 
 gpu-bench:
 	$(PYTHON) -m bench.gpu.parts build bench

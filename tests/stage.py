@@ -6,6 +6,7 @@ graph that is replayed is the call itself.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -55,3 +56,9 @@ def capture(run: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], Call
 def free_bytes() -> int:
     """Of the GPU's memory."""
     return torch.cuda.mem_get_info()[0] if ON_A_GPU else 0
+
+
+def findings(output: str) -> int | None:
+    """How many errors compute-sanitizer reports; None if it does not say."""
+    summary = re.search(r"=+ (?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
+    return None if summary is None else int(summary[1])

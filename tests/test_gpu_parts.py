@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
+from stage import findings
 
 from bench.gpu import parts, progress, results, validation
 from bench.gpu.device import Device, find_device
@@ -29,25 +31,32 @@ def python(program: str, **options: object) -> parts.Part:
 @pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("program", "result"),
-    [("print('done')", "ok"), ("raise SystemExit(1)", "failed"), ("import os; os.abort()", "failed")],
+    [
+        ("print('done')", "ok"),
+        ("raise SystemExit(1)", "failed"),
+        ("import os; os.abort()", "failed"),
+        ("import time; time.sleep(60)", "out of time"),
+    ],
 )
 def test_what_became_of_a_part(program: str, result: str) -> None:
-    part = python(program)
+    part = dataclasses.replace(python(program), seconds=2.0 if result == "out of time" else 60.0)
     assert parts.run(part).result == result
     assert part.log.exists()
 
 
 @pytest.mark.subprocess
-def test_a_part_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_hangs_is_ended_with_all_it_started(tmp_path: Path, nested: bool) -> None:
+    """Its child is in the same session, or group, or, as a nested one, in another group of the same session."""
     written = tmp_path / "written"
-    child = f"import time; time.sleep(4); open({str(written)!r}, 'w')"
-    hangs = f"import signal, subprocess, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN);\
-        subprocess.run([sys.executable, '-c', {child!r}])"
+    child = f"import os, time; {nested} or os.setpgrp(); time.sleep(6); open({str(written)!r}, 'w')"
+    hangs = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     begin = time.monotonic()
-    part = parts.Part("hangs", [sys.executable, "-c", hangs], 2.0)
-    assert parts.run(part).result == "out of time"
-    assert time.monotonic() - begin < 20
-    time.sleep(3)
+    with (tmp_path / "output").open("w") as output:
+        command = [sys.executable, "-c", hangs]
+        assert parts.run_process(command, 2.0, output.fileno(), {}, nested=nested) is None
+    assert time.monotonic() - begin < 30
+    time.sleep(6)
     assert not written.exists()
 
 
@@ -113,9 +122,20 @@ def test_each_test_is_run_whatever_the_others_do(tmp_path: Path) -> None:
         "test_fails_behind": "failed",
     }
     assert "in test_hangs" in part.log.read_text()
-    summary = parts.summary(outcome, found)
+    summary = parts.summary(part, outcome, found)
     assert summary.result == "failed" and summary.note.startswith("4 passed, 4 failed, 1 skipped; ")
     assert "::test_crashes; " in summary.note and summary.note.endswith("; ...")
+
+
+def test_why_no_test_ran_is_in_the_table(tmp_path: Path) -> None:
+    part = python("", progress=tmp_path / "progress")
+    part.log.parent.mkdir()
+    part.log.write_text("ss\nSKIPPED [2] tests/test_x.py:7: there is no GPU\n2 skipped in 1.00s\n")
+    summary = parts.summary(part, parts.Outcome("a part", "ok", 1.0), {"one": "skipped", "two": "skipped"})
+    assert summary.result == "skipped"
+    assert summary.note == "2 skipped; SKIPPED [2] tests/test_x.py:7: there is no GPU"
+    part.log.write_text("ERROR: file or directory not found\n")
+    assert parts.run(python("raise SystemExit('no such file')")).note == "no such file"
 
 
 def test_shares_are_everything_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -190,3 +210,16 @@ def test_what_nvcc_compiles_for(capability: tuple[int, int], architecture: str) 
 @pytest.mark.subprocess
 def test_a_driver_that_does_not_answer_stops_nobody() -> None:
     assert find_device(seconds=0.01) is None
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", 0),
+        ("========= Invalid __global__ write of size 4 bytes\n========= ERROR SUMMARY: 12 errors\n", 12),
+        ("========= RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warning)\n", 3),
+        ("========= Error: Device not supported\n", None),
+    ],
+)
+def test_what_compute_sanitizer_found(output: str, expected: int | None) -> None:
+    assert findings(output) == expected

@@ -97,11 +97,11 @@ def all_calls(dtypes: Sequence[torch.dtype] = DTYPES, *, shrink: int = 1, batch:
         yield from folded_calls(dtype, shrink, batch)
 
 
-def call_once(backend: str, operator: str, device: str = "cuda") -> None:
+def call_once(backend: str, operator: str, device: str = "cuda", shrink: int = 8) -> None:
     """Runs an operator's calls on small maps, forward and backward: what compute-sanitizer, which is slow, looks at."""
     # Triton would compile most of that time.
     dtypes = [torch.bfloat16] if backend == "triton" else DTYPES
-    for call in all_calls(dtypes, shrink=8):
+    for call in all_calls(dtypes, shrink=shrink):
         if call.operator == operator and backend in call.backends and (call.headline or backend != "triton"):
             with torch.device(device), sca_kernels.backend(backend):
                 step_of(call.prepare())()

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-import torch
-
 _QUESTION = """
 import json, torch
 if torch.cuda.is_available():
@@ -46,12 +44,17 @@ def find_device(seconds: float = 120.0) -> Device | None:
     return Device(found["name"], tuple(found["capability"]))
 
 
+def wait_for_device() -> None:
+    """Waits for the GPU, if this process has used it; what went wrong on it is raised here."""
+    torch = sys.modules.get("torch")  # a process that has not imported it has not
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def device_is_lost() -> bool:
     """Whether the GPU answers this process no more, since a kernel touched what it must not, say."""
-    if not torch.cuda.is_initialized():
-        return False
     try:
-        torch.cuda.synchronize()
+        wait_for_device()
     except RuntimeError:
         return True
     return False

@@ -17,9 +17,8 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-import torch
 
-from .device import device_is_lost
+from .device import device_is_lost, wait_for_device
 
 SECONDS = float(os.environ.get("SCA_TEST_SECONDS", "240"))  # for a test; then the process ends
 FINISHED = 40  # the exit code where all tests ran and some failed; that of pytest is also one of a process that ended
@@ -56,8 +55,7 @@ class Progress:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self) -> Generator[None, None, None]:
         yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        wait_for_device()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed or self.outcomes.get(report.nodeid) is None:
