@@ -124,4 +124,20 @@ def test_the_page_says_what_the_figures_say(tmp_path: Path) -> None:
     page = (tmp_path / "page.md").read_text()
     assert "better from 1 of 2 seeds, by -1.50 to 0.50 dB" in page
     assert "| 8 latents for each label | 1.00 M | 20.00 | 20.50 | 19.50 |" in page
+    assert "- wall and floor: latents divide it, and the division follows the picture (information 0.60" in page
     assert "| wall and floor | 1 | 12 | 0.70 | 0.90 | 0.71 | 0.60 | 0.01 | 0.30 |" in page
+
+
+@pytest.mark.parametrize(
+    "information, misplaced, found",
+    [(0.02, 0.0, "do not divide it"), (0.6, 0.6, "by position"), (0.3, 0.6, "by position"), (0.6, 0.2, "follows the")],
+)
+def test_divisions_are_claimed_only_where_they_follow_the_picture(
+    tmp_path: Path, information: float, misplaced: float, found: str
+) -> None:
+    close, division = Closeness(20, 15, 21, 16, 3, 8, 7, 16), Division(12, 0.7, 0.9, information, 0.71, 0.01, misplaced)
+    results = [Result(latents, 0, 200, 10**6, 20, close, close, close, division, division) for latents in (8, 1)]
+    machine = {"date": "2026-01-01", "commit": "abc", "device": "a processor", "torch": "2.13", "threads": 1}
+    write_page(tmp_path / "page.md", results, SMALL, machine, 19.0)
+    (line,) = (line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("- two kinds"))
+    assert found in line

@@ -65,12 +65,12 @@ def prove(extent: Extent, runs: Path, docs: Path) -> list[Result]:
     outcomes: dict[int, Outcome] = {}
     for seed in range(extent.seeds):
         for latents in LATENTS:
-            print(f"{latents} latents, seed {seed}", flush=True)
+            print(f"k={latents}, seed {seed}: training", flush=True)
             trained = train_once(data, runs, latents, seed, extent, report=print)
             model = Scam.from_checkpoint(trained.checkpoint)
             outcome = apply(model, pictures)
             results.append(measure(model, pictures, outcome, latents=latents, seed=seed, seconds=trained.seconds))
-            print(f"{latents} latents, seed {seed}: {results[-1].psnr:.2f} dB, {trained.seconds:.0f} s", flush=True)
+            print(f"k={latents}, seed {seed}: {results[-1].psnr:.2f} dB, {trained.seconds:.0f} s", flush=True)
             if seed == 0:
                 models[latents], outcomes[latents] = model, outcome
     write_pictures(docs / "training-proof", pictures, models, outcomes)

@@ -67,6 +67,8 @@ not is where such things usually are.
 
 {divisions}
 
+{divided}
+
 ![people in two kinds of cloth, the true division, strongest latents; then the other seam](training-proof/attention.png)
 
 *From above: people in two kinds of cloth, which pixels show which, and each pixel in the colour of its strongest
@@ -102,6 +104,7 @@ def write_page(
         flat=flat_psnr,
         transfers=_transfer_table(most, least),
         divisions=_division_table(most),
+        divided="\n".join(f"- {name}: {_division_verdict(most, field)}" for name, field in _REGIONS.items()),
     )
     write_whole(path, lambda file: file.write(text.encode()))
 
@@ -176,6 +179,25 @@ def _transfer_table(most: Sequence[Result], least: Sequence[Result]) -> str:
     return _table(rows)
 
 
+_REGIONS = {"wall and floor": "surfaces", "two kinds of cloth": "cloths"}
+_LEAST_DIFFERENCE = 0.05  # of information, for a claim
+
+
+def _division_verdict(most: Sequence[Result], field: str) -> str:
+    divisions: list[Division] = [getattr(result, field) for result in most]
+    own, misplaced, shuffled = (
+        statistics.fmean(getattr(division, name) for division in divisions)
+        for name in ("information", "misplaced_information", "shuffled_information")
+    )
+    if own - shuffled < _LEAST_DIFFERENCE:
+        found = "latents do not divide it"
+    elif own - misplaced < _LEAST_DIFFERENCE:
+        found = "latents divide it by position, and the division does not follow the picture"
+    else:
+        found = "latents divide it, and the division follows the picture"
+    return f"{found} (information {own:.2f}, misplaced {misplaced:.2f}, shuffled {shuffled:.2f})"
+
+
 def _division_table(most: Sequence[Result]) -> str:
     columns: Mapping[str, Callable[[Division], float]] = {
         "larger part": lambda division: division.largest,
@@ -186,7 +208,7 @@ def _division_table(most: Sequence[Result]) -> str:
         "misplaced": lambda division: division.misplaced_information,
     }
     rows = [["region", "seed", "pictures", *columns]]
-    for name, field in (("wall and floor", "surfaces"), ("two kinds of cloth", "cloths")):
+    for name, field in _REGIONS.items():
         for result in most:
             division: Division = getattr(result, field)
             cells = [f"{column(division):.2f}" for column in columns.values()]
