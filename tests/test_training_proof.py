@@ -33,6 +33,7 @@ from bench.training_proof.results import (
 from bench.training_proof.trainings import Extent, data_folder
 from scam_models.psnr import psnr
 
+MACHINE = {"date": "2026-01-01", "commit": "a", "device": "a", "torch": "2.13", "threads": 1, "load_average": 0.5}
 SMALL = Extent(steps=2, batch_size=2, seeds=1, identities=1, test_identities=3, pictures=2)
 
 
@@ -131,8 +132,7 @@ def test_the_page_says_what_the_figures_say(tmp_path: Path) -> None:
         for seed in (0, 1)
         for latents, base, gain in ((1, 20.0, 1.0), (8, 20.5, -1.0))
     ]
-    machine = {"date": "2026-01-01", "commit": "abc", "device": "a processor", "torch": "2.13", "threads": 1}
-    write_page(tmp_path / "page.md", results, replace(SMALL, seeds=2), machine, Flat(19.0, close))
+    write_page(tmp_path / "page.md", results, replace(SMALL, seeds=2), MACHINE, Flat(19.0, close))
     page = (tmp_path / "page.md").read_text()
     assert "better from 1 of 2 seeds, by -1.50 to 0.50 dB" in page
     assert "| 8 latents for each label | 1.00 M | 20.00 | 20.50 | 19.50 |" in page
@@ -149,7 +149,6 @@ def test_divisions_are_claimed_only_where_they_follow_the_picture(
 ) -> None:
     close, division = Closeness(20, 15, 21, 16, 3, 8, 7, 16), Division(12, 0.7, 0.9, information, 0.71, 0.01, misplaced)
     results = [Result(latents, 0, 200, 10**6, 20, close, close, close, division, division) for latents in (8, 1)]
-    machine = {"date": "2026-01-01", "commit": "abc", "device": "a processor", "torch": "2.13", "threads": 1}
-    write_page(tmp_path / "page.md", results, SMALL, machine, Flat(19.0, close))
+    write_page(tmp_path / "page.md", results, SMALL, MACHINE, Flat(19.0, close))
     (line,) = (line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("- two kinds"))
     assert found in line

@@ -118,7 +118,10 @@ def _by_latents(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
 
 def _describe(machine: Mapping[str, str | float]) -> str:
     threads = f"{machine['threads']} thread" + ("s" if machine["threads"] != 1 else "")
-    return f"{machine['date']}, commit {machine['commit']}, {machine['device']}, {threads}, PyTorch {machine['torch']}"
+    return (
+        f"{machine['date']}, commit {machine['commit']}, {machine['device']}, {threads}, PyTorch {machine['torch']}, "
+        f"load average {machine['load_average']}"
+    )
 
 
 def _verdict(most: Sequence[Result], least: Sequence[Result]) -> str:
