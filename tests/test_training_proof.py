@@ -19,10 +19,21 @@ from bench.training_proof.measures import (
     purity,
 )
 from bench.training_proof.page import write_page
-from bench.training_proof.results import BACKGROUND, TOP, Closeness, Division, Result, TestPictures, divided, flat_psnr
+from bench.training_proof.results import (
+    BACKGROUND,
+    TOP,
+    Closeness,
+    Division,
+    Flat,
+    Result,
+    TestPictures,
+    divided,
+    measure_flat,
+)
 from bench.training_proof.trainings import Extent, data_folder
 from scam_models.psnr import psnr
 
+MACHINE = {"date": "2026-01-01", "commit": "a", "device": "a", "torch": "2.13", "threads": 1, "load_average": 0.5}
 SMALL = Extent(steps=2, batch_size=2, seeds=1, identities=1, test_identities=3, pictures=2)
 
 
@@ -89,7 +100,9 @@ def test_truths(pictures: TestPictures) -> None:
         assert (changed[index] & (pictures.labels[index] == TOP)).any()
     whole = pictures.floors[:, :, 0].sum(1)
     assert ((whole > 0.1 * 64) & (whole < 0.4 * 64)).all()
-    assert 10 < flat_psnr(pictures) < 30
+    flat = measure_flat(pictures)
+    assert 10 < flat.psnr < 30
+    assert flat.transfer.subject_colour == pytest.approx(0, abs=1e-5) and flat.transfer.subject_deviation > 10
 
 
 def test_the_whole_proof(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,9 +132,23 @@ def test_the_page_says_what_the_figures_say(tmp_path: Path) -> None:
         for seed in (0, 1)
         for latents, base, gain in ((1, 20.0, 1.0), (8, 20.5, -1.0))
     ]
-    machine = {"date": "2026-01-01", "commit": "abc", "device": "a processor", "torch": "2.13", "threads": 1}
-    write_page(tmp_path / "page.md", results, replace(SMALL, seeds=2), machine, 19.0)
+    write_page(tmp_path / "page.md", results, replace(SMALL, seeds=2), MACHINE, Flat(19.0, close))
     page = (tmp_path / "page.md").read_text()
     assert "better from 1 of 2 seeds, by -1.50 to 0.50 dB" in page
     assert "| 8 latents for each label | 1.00 M | 20.00 | 20.50 | 19.50 |" in page
+    assert "- wall and floor: latents divide it, and the division follows the picture (information 0.60" in page
     assert "| wall and floor | 1 | 12 | 0.70 | 0.90 | 0.71 | 0.60 | 0.01 | 0.30 |" in page
+
+
+@pytest.mark.parametrize(
+    "information, misplaced, found",
+    [(0.02, 0.0, "do not divide it"), (0.6, 0.6, "by position"), (0.3, 0.6, "by position"), (0.6, 0.2, "follows the")],
+)
+def test_divisions_are_claimed_only_where_they_follow_the_picture(
+    tmp_path: Path, information: float, misplaced: float, found: str
+) -> None:
+    close, division = Closeness(20, 15, 21, 16, 3, 8, 7, 16), Division(12, 0.7, 0.9, information, 0.71, 0.01, misplaced)
+    results = [Result(latents, 0, 200, 10**6, 20, close, close, close, division, division) for latents in (8, 1)]
+    write_page(tmp_path / "page.md", results, SMALL, MACHINE, Flat(19.0, close))
+    (line,) = (line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("- two kinds"))
+    assert found in line

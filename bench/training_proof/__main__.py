@@ -19,7 +19,7 @@ from .. import report
 from ..run import current_allocator
 from .page import write_page
 from .pictures import write_pictures
-from .results import Outcome, Result, TestPictures, apply, flat_psnr, measure
+from .results import Outcome, Result, TestPictures, apply, measure, measure_flat
 from .trainings import LATENTS, Extent, data_folder, train_once
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,20 +65,21 @@ def prove(extent: Extent, runs: Path, docs: Path) -> list[Result]:
     outcomes: dict[int, Outcome] = {}
     for seed in range(extent.seeds):
         for latents in LATENTS:
-            print(f"{latents} latents, seed {seed}", flush=True)
+            print(f"k={latents}, seed {seed}: training", flush=True)
             trained = train_once(data, runs, latents, seed, extent, report=print)
             model = Scam.from_checkpoint(trained.checkpoint)
             outcome = apply(model, pictures)
             results.append(measure(model, pictures, outcome, latents=latents, seed=seed, seconds=trained.seconds))
-            print(f"{latents} latents, seed {seed}: {results[-1].psnr:.2f} dB, {trained.seconds:.0f} s", flush=True)
+            print(f"k={latents}, seed {seed}: {results[-1].psnr:.2f} dB, {trained.seconds:.0f} s", flush=True)
             if seed == 0:
                 models[latents], outcomes[latents] = model, outcome
     write_pictures(docs / "training-proof", pictures, models, outcomes)
     machine = report.describe_machine(current_allocator()) | {"threads": torch.get_num_threads()}
-    summary = {"machine": machine, "extent": asdict(extent), "flat_psnr": flat_psnr(pictures)}
+    flat = measure_flat(pictures)
+    summary = {"machine": machine, "extent": asdict(extent), "flat": asdict(flat)}
     lines = [summary, *map(asdict, results)]
     (runs / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_page(docs / "training-proof.md", results, extent, machine, flat_psnr(pictures))
+    write_page(docs / "training-proof.md", results, extent, machine, flat)
     print(docs / "training-proof.md")
     return results
 

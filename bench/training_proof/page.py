@@ -8,17 +8,16 @@ from pathlib import Path
 
 from scam_models.files import write_whole
 
-from .results import Division, Result
+from .results import Division, Flat, Result
 from .trainings import Extent
 
 _PAGE = """# Proof on real training
 
 `make training-proof` made this page: it draws the procedural data set (`scam make-data`), trains the preset `tiny`
-with 8 latents for each label and with 1, which is one style for each label as in SEAN, from {seeds} seeds each, and
-measures them on {test_identities} people that no training has seen. Everything but the number of latents is the same:
-{steps} steps of {batch_size} images of 64 x 64 pixels, from {identities} people in {pictures} pictures each, with L1
-as the only loss, which PSNR likes best; so nothing here is sharp, and a discriminator would make it sharper and the
-figures worse.
+with 8 latents for each label and with 1, which is one style for each label as in SEAN, from {seeds} seed{plural}
+each, and measures them on {test_identities} people that no training has seen. Everything but the number of latents is
+the same: {steps} steps of {batch_size} images of 64 x 64 pixels, from {identities} people in {pictures} pictures
+each, with L1 as the only loss, which PSNR likes best and which makes nothing sharp.
 
 {machine}. A training took {seconds}.
 
@@ -29,12 +28,12 @@ figures worse.
 {reconstruction}
 
 A picture with every label in its true mean colour, which one perfect flat style for each label would give, has
-{flat:.2f} dB.
+{flat:.2f} dB: what is above it are shades, parts and textures within labels.
 
 ![pictures, and their reconstructions with 8 latents and with 1](training-proof/reconstructions.png)
 
-*From above: pictures, reconstructions with 8 latents for each label, and with 1. The first picture of each of the
-first eight test people; nobody picked them.*
+*From above: pictures, reconstructions with 8 latents for each label, and with 1. Seed 0; the first picture of each of
+the first eight test people, nobody picked them.*
 
 ## Transfers keep pose, subject and background
 
@@ -67,15 +66,18 @@ not is where such things usually are.
 
 {divisions}
 
+{divided}
+
 ![people in two kinds of cloth, the true division, strongest latents; then the other seam](training-proof/attention.png)
 
 *From above: people in two kinds of cloth, which pixels show which, and each pixel in the colour of its strongest
-latent; then the same people in the same poses with the other seam. The first of the test people who wear two kinds.*
+latent; then the same people in the same poses with the other seam. Seed 0; the first of the test people who wear two
+kinds, in their first pictures.*
 """
 
 
 def write_page(
-    path: Path, results: Sequence[Result], extent: Extent, machine: Mapping[str, str | float], flat_psnr: float
+    path: Path, results: Sequence[Result], extent: Extent, machine: Mapping[str, str | float], flat: Flat
 ) -> None:
     """Writes the page.
 
@@ -84,24 +86,26 @@ def write_page(
         results: of all trainings.
         extent: how much was done.
         machine: see :func:`bench.report.describe_machine`, and "threads".
-        flat_psnr: of pictures with every label in its mean colour.
+        flat: pictures with every region in its mean colour.
     """
     most, least = _by_latents(results)
     text = _PAGE.format(
         seeds=extent.seeds,
+        plural="s" if extent.seeds > 1 else "",
         test_identities=extent.test_identities,
         steps=extent.steps,
         batch_size=extent.batch_size,
         identities=extent.identities,
         pictures=extent.pictures,
         machine=_describe(machine),
-        seconds=" and ".join(f"{_mean(group, _seconds):.0f} s with {group[0].latents}" for group in (most, least))
-        + " latents (seconds of the processor)",
+        seconds=f"{_mean(most, _seconds):.0f} s of the processor with {most[0].latents} latents for each label and "
+        f"{_mean(least, _seconds):.0f} s with {least[0].latents}",
         verdict=_verdict(most, least),
         reconstruction=_reconstruction_table(most, least),
-        flat=flat_psnr,
-        transfers=_transfer_table(most, least),
+        flat=flat.psnr,
+        transfers=_transfer_table(most, least, flat),
         divisions=_division_table(most),
+        divided="\n".join(f"- {name}: {_division_verdict(most, field)}" for name, field in _REGIONS.items()),
     )
     write_whole(path, lambda file: file.write(text.encode()))
 
@@ -114,7 +118,10 @@ def _by_latents(results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
 
 def _describe(machine: Mapping[str, str | float]) -> str:
     threads = f"{machine['threads']} thread" + ("s" if machine["threads"] != 1 else "")
-    return f"{machine['date']}, commit {machine['commit']}, {machine['device']}, {threads}, PyTorch {machine['torch']}"
+    return (
+        f"{machine['date']}, commit {machine['commit']}, {machine['device']}, {threads}, PyTorch {machine['torch']}, "
+        f"load average {machine['load_average']}"
+    )
 
 
 def _verdict(most: Sequence[Result], least: Sequence[Result]) -> str:
@@ -161,10 +168,11 @@ _MEASURES: Mapping[str, tuple[str, int]] = {
 _WAYS = {"own_background": "nothing exchanged", "transfer": "transfer", "other_subject": "all from the other"}
 
 
-def _transfer_table(most: Sequence[Result], least: Sequence[Result]) -> str:
+def _transfer_table(most: Sequence[Result], least: Sequence[Result], flat: Flat) -> str:
     groups = (most, least)
     header = ["against the true picture"]
     header += [f"{way}, {group[0].latents}" for group in groups for way in _WAYS.values()]
+    header.append("flat")
     rows = [header]
     for name, (field, digits) in _MEASURES.items():
         cells = [
@@ -172,21 +180,40 @@ def _transfer_table(most: Sequence[Result], least: Sequence[Result]) -> str:
             for group in groups
             for way in _WAYS
         ]
-        rows.append([name, *cells])
+        rows.append([name, *cells, f"{getattr(flat.transfer, field):.{digits}f}"])
     return _table(rows)
+
+
+_REGIONS = {"wall and floor": "surfaces", "two kinds of cloth": "cloths"}
+_LEAST_DIFFERENCE = 0.05  # of information, for a claim
+
+
+def _division_verdict(most: Sequence[Result], field: str) -> str:
+    divisions: list[Division] = [getattr(result, field) for result in most]
+    own, misplaced, shuffled = (
+        statistics.fmean(getattr(division, name) for division in divisions)
+        for name in ("information", "misplaced_information", "shuffled_information")
+    )
+    if own - shuffled < _LEAST_DIFFERENCE:
+        found = "latents do not divide it"
+    elif own - misplaced < _LEAST_DIFFERENCE:
+        found = "latents divide it by position, and the division does not follow the picture"
+    else:
+        found = "latents divide it, and the division follows the picture"
+    return f"{found} (information {own:.2f}, misplaced {misplaced:.2f}, shuffled {shuffled:.2f})"
 
 
 def _division_table(most: Sequence[Result]) -> str:
     columns: Mapping[str, Callable[[Division], float]] = {
         "larger part": lambda division: division.largest,
         "purity": lambda division: division.purity,
-        "shuffled": lambda division: division.shuffled_purity,
+        "purity, shuffled": lambda division: division.shuffled_purity,
         "information": lambda division: division.information,
-        "shuffled ": lambda division: division.shuffled_information,
-        "misplaced": lambda division: division.misplaced_information,
+        "information, shuffled": lambda division: division.shuffled_information,
+        "information, misplaced": lambda division: division.misplaced_information,
     }
     rows = [["region", "seed", "pictures", *columns]]
-    for name, field in (("wall and floor", "surfaces"), ("two kinds of cloth", "cloths")):
+    for name, field in _REGIONS.items():
         for result in most:
             division: Division = getattr(result, field)
             cells = [f"{column(division):.2f}" for column in columns.values()]

@@ -164,6 +164,19 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Flat:
+    """What pictures come to that have every region in its true mean colour: one perfect flat style for each label.
+
+    Attributes:
+        psnr: mean over the test pictures.
+        transfer: of true transfers.
+    """
+
+    psnr: float
+    transfer: Closeness
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a model makes of all test pictures, like these.
 
@@ -225,13 +238,12 @@ def measure(
     )
 
 
-def flat_psnr(pictures: TestPictures) -> float:
-    """Of the pictures with each label in its mean colour there: what one flat style for each label can reach."""
-    mean, _ = colour_statistics(pictures.images, pictures.labels, DATA.num_labels)
-    index = pictures.labels.long().flatten(1).unsqueeze(-1).expand(-1, -1, 3)
-    flat = mean.gather(1, index).transpose(1, 2).view_as(pictures.images) / 127.5 - 1
-    # Regions too small for a mean are left as they are, which is in the flat picture's favour.
-    return psnr(flat.where(flat.isfinite(), pictures.images.double()), pictures.images).mean().item()
+def measure_flat(pictures: TestPictures) -> Flat:
+    """Every region in its true mean colour, in figures."""
+    return Flat(
+        psnr=psnr(_flat(pictures.images, pictures.labels), pictures.images).mean().item(),
+        transfer=_closeness(_flat(pictures.truth, pictures.labels), pictures),
+    )
 
 
 def divided(regions: Tensor, truth: Tensor) -> Tensor:
@@ -239,6 +251,14 @@ def divided(regions: Tensor, truth: Tensor) -> Tensor:
     size = regions.sum((1, 2))
     shares = torch.stack([((truth == texture) & regions).sum((1, 2)) / size.clamp(min=1) for texture in (1, 2)])
     return shares.amin(0) >= _LEAST_SHARE
+
+
+def _flat(images: Tensor, labels: Tensor) -> Tensor:
+    mean, _ = colour_statistics(images, labels, DATA.num_labels)
+    index = labels.long().flatten(1).unsqueeze(-1).expand(-1, -1, 3)
+    flat = mean.gather(1, index).transpose(1, 2).view_as(images) / 127.5 - 1
+    # Regions too small for a mean are left as they are, which is in the flat picture's favour.
+    return flat.where(flat.isfinite(), images.double())
 
 
 def _closeness(images: Tensor, pictures: TestPictures) -> Closeness:
