@@ -42,8 +42,8 @@ LINK_FLAGS = "-shared -fopenmp -Wl,--as-needed -Wl,-z,relro,-z,now"
 CUDA_FLAGS = "-std=c++17 -O3 -DNDEBUG -lineinfo -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden"
 CUDA_ARCHITECTURES = "80 90a 100+PTX"
 CUDA_LINK_FLAGS = "-shared -cudart static -Xlinker -z,relro,-z,now,--exclude-libs,ALL,--strip-debug"
-# The kernels for GPUs as functions of the host, which tests run.
-EMULATION_FLAGS = "-DSCA_CUDA_EMULATION -Wno-unknown-pragmas"
+# The kernels for GPUs as functions of the host, which tests run at small sizes: quicker to compile than to optimise.
+EMULATION_FLAGS = "-O1 -DSCA_CUDA_EMULATION -Wno-unknown-pragmas"
 # A sanitizer's finding ends the process, so that a test run cannot overlook it.
 SANITIZER_FLAGS = "-fno-sanitize-recover=all -fno-omit-frame-pointer -UNDEBUG -O1 -g"
 # These change results, make the whole process flush subnormals, or fit only this machine.
