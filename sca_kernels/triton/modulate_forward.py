@@ -16,7 +16,7 @@ def of_channels(table, place, is_channel):
     values = tl.zeros(place.shape, tl.float32)
     if table is not None:
         values += tl.load(table + place, mask=is_channel, other=0.0)
-    return values[:, None]
+    return values[None, :]
 
 
 @triton.jit
@@ -25,22 +25,22 @@ def attention_weights(
     channels: tl.constexpr, PRECISION: tl.constexpr,
     HEADS: tl.constexpr, LATENTS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The weights (rows, pixels): softmax over the latents, in each head; zero where there are none."""
-    there = is_row[:, None] & inside[None, :]
+    """The weights (pixels, rows): softmax over the latents, in each head; zero where there are none."""
+    there = inside[:, None] & is_row[None, :]
     logits = by_position(row_bias, col_bias, row, pixel, height, width, there)
     if key_bias is not None:
-        logits += tl.load(key_bias + row, mask=is_row, other=0.0)[:, None]
-    for start in range(0, channels, CHANNELS):
+        logits += tl.load(key_bias + row, mask=is_row, other=0.0)[None, :]
+    for start in tl.range(0, channels, CHANNELS, disable_licm=True):
         channel = start + tl.arange(0, CHANNELS)
-        features = load_channels(x, channel_stride, channel, (channel < channels)[:, None] & inside[None, :])
+        features = load_channels(x, channel_stride, channel, inside[:, None] & (channel < channels)[None, :])
         table = load_rows(keys, row, is_row, channel, channels)
-        logits = tl.dot(table, features, logits, input_precision=PRECISION)
-    logits = tl.reshape(tl.where(there, logits, float("-inf")), (HEADS, LATENTS, PIXELS))
-    largest = tl.max(logits, 1)
-    weights = tl.exp(logits - tl.where(largest > float("-inf"), largest, 0.0)[:, None, :])
-    total = tl.sum(weights, 1)
-    weights = weights / tl.where(total == 0.0, 1.0, total)[:, None, :]
-    return tl.reshape(weights, (HEADS * LATENTS, PIXELS))
+        logits = tl.dot(features, tl.trans(table), logits, input_precision=PRECISION)
+    logits = tl.reshape(tl.where(there, logits, float("-inf")), (PIXELS, HEADS, LATENTS))
+    largest = tl.max(logits, 2)
+    weights = tl.exp(logits - tl.where(largest > float("-inf"), largest, 0.0)[:, :, None])
+    total = tl.sum(weights, 2)
+    weights = weights / tl.where(total == 0.0, 1.0, total)[:, :, None]
+    return tl.reshape(weights, (PIXELS, HEADS * LATENTS))
 
 
 @triton.jit
@@ -57,15 +57,15 @@ def modulate_tile(
     if ADD_ONE:
         gamma += 1.0
     table = load_rows(scale, row, is_row, channel, channels)
-    gamma += tl.dot(tl.trans(table), weights, input_precision=PRECISION)
+    gamma += tl.dot(weights, table, input_precision=PRECISION)
     beta = of_channels(shift_bias, place, is_channel) + of_channels(empty_shift, place, is_channel & is_empty)
     table = load_rows(shift, row, is_row, channel, channels)
-    beta += tl.dot(tl.trans(table), weights, input_precision=PRECISION)
+    beta += tl.dot(weights, table, input_precision=PRECISION)
     numbers = tl.zeros_like(features)
     if noise is not None:
-        numbers += tl.load(noise, mask=inside, other=0.0)[None, :]
+        numbers += tl.load(noise, mask=inside, other=0.0)[:, None]
     if noise_seed is not None:
-        numbers += noise_tile(tl.load(noise_seed), image, start // CHANNELS, pixel, CHANNELS)
+        numbers += tl.trans(noise_tile(tl.load(noise_seed), image, start // CHANNELS, pixel, CHANNELS))
     strength = 1.0
     if noise_strength is not None:
         strength = of_channels(noise_strength, place, is_channel)
@@ -102,9 +102,9 @@ def modulate_blocks(
         x, x_channel_stride, keys, key_bias, row_bias, col_bias, row, is_row, pixel, inside, height, width,
         channels, PRECISION, HEADS, LATENTS, PIXELS, CHANNELS,
     )  # fmt: skip
-    for start in range(0, channels, CHANNELS):
+    for start in tl.range(0, channels, CHANNELS, disable_licm=True):
         channel = start + tl.arange(0, CHANNELS)
-        known = (channel < channels)[:, None] & inside[None, :]
+        known = inside[:, None] & (channel < channels)[None, :]
         features = load_channels(x, x_channel_stride, channel, known)
         _, _, _, result = modulate_tile(
             features, weights, scale, shift, scale_bias, shift_bias, empty_scale, empty_shift, mean, rstd,

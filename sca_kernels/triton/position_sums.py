@@ -58,13 +58,15 @@ def add_up_positions(
 
 
 @triton.jit
-def store_values(
-    values, labels, tile, label, image, pixel, there, inside, heads, max_latents, pixels,
-    HEADS: tl.constexpr, LATENTS: tl.constexpr,
-):  # fmt: skip
-    """Stores a tile (rows, pixels) and the label of its pixels where ``add_up_positions`` wants them."""
+def value_places(image, pixel, heads, max_latents, pixels, HEADS: tl.constexpr, LATENTS: tl.constexpr):
+    """Where the numbers of a tile (pixels, rows) lie in the memory that ``position_values`` describes."""
     slot, _ = rows_of(image, heads, max_latents, 0, max_latents, HEADS, LATENTS)
-    tl.store(values + slot[:, None] * pixels + pixel[None, :], tile, mask=there)
+    return pixel[:, None] + slot[None, :] * pixels
+
+
+@triton.jit
+def store_labels(labels, label, image, pixel, inside, pixels):
+    """Says which label the pixels of a block have."""
     tl.store(labels + image * pixels + pixel, tl.zeros_like(pixel) + label, mask=inside)
 
 

@@ -34,7 +34,7 @@ from .label_blocks import (
     store_rows,
 )
 from .launch import configuration, launch
-from .position_sums import add_up_positions, position_values, store_values
+from .position_sums import add_up_positions, position_values, store_labels, value_places
 from .products import float32_precision
 
 
@@ -183,43 +183,43 @@ def _pool_blocks(
     pixel, inside = pixels_of_block(order + image * order_stride, begin, end, PIXELS)
     first, count = latents_of(cu_latents + image * cu_latents_stride, num_labels, label)
     row, is_row = rows_of(image, heads, latents, first, count, HEADS, LATENTS)
-    there = is_row[:, None] & inside[None, :]
+    there = inside[:, None] & is_row[None, :]
     x = pixel_pointers(x, image, pixel, width, image_stride, row_stride, column_stride, FLAT)
 
     logits = by_position(row_bias, col_bias, row, pixel, height, width, there)
-    for start in range(0, channels, CHANNELS):
+    for start in tl.range(0, channels, CHANNELS, disable_licm=True):
         channel = start + tl.arange(0, CHANNELS)
-        known = (channel < channels)[:, None] & inside[None, :]
+        known = inside[:, None] & (channel < channels)[None, :]
         features = load_channels(x, channel_stride, channel, known)
         table = load_rows(queries, row, is_row, channel, channels)
-        logits = tl.dot(table, features, logits, input_precision=PRECISION)
+        logits = tl.dot(features, tl.trans(table), logits, input_precision=PRECISION)
     logits = tl.where(there, logits, float("-inf"))
-    largest = tl.max(logits, 1)
+    largest = tl.max(logits, 0)
     # Where all logits are -inf, their weights are zero rather than exp(-inf + inf).
-    weights = tl.exp(logits - tl.where(largest > float("-inf"), largest, 0.0)[:, None])
+    weights = tl.exp(logits - tl.where(largest > float("-inf"), largest, 0.0)[None, :])
 
     first += (program - label).to(tl.int64) * max_latents
     partial, _ = rows_of(image, heads, partial_rows, first, count, HEADS, LATENTS)
     size = (end - begin).to(tl.float32)
-    for start in range(0, channels, CHANNELS):
+    for start in tl.range(0, channels, CHANNELS, disable_licm=True):
         channel = start + tl.arange(0, CHANNELS)
-        known = (channel < channels)[:, None] & inside[None, :]
+        known = inside[:, None] & (channel < channels)[None, :]
         features = load_channels(x, channel_stride, channel, known)
-        pooled = tl.dot(weights, tl.trans(features), input_precision=PRECISION)
+        pooled = tl.dot(tl.trans(weights), features, input_precision=PRECISION)
         store_rows(partial_pooled, pooled, partial, is_row, channel, channels)
         # Moments of the differences from the first pixel, so that a large mean does not drown them.
         is_first = tl.arange(0, PIXELS) == 0
-        shift = tl.sum(tl.where(is_first[None, :], features, 0.0), 1)
-        difference = tl.where(known, features - shift[:, None], 0.0)
-        mean = tl.sum(difference, 1) / size
-        square = tl.where(known, difference - mean[:, None], 0.0)
+        shift = tl.sum(tl.where(is_first[:, None], features, 0.0), 0)
+        difference = tl.where(known, features - shift[None, :], 0.0)
+        mean = tl.sum(difference, 0) / size
+        square = tl.where(known, difference - mean[None, :], 0.0)
         tl.store(block_means + block * channels + channel, shift.to(tl.float64) + mean, mask=channel < channels)
-        tl.store(block_squares + block * channels + channel, tl.sum(square * square, 1), mask=channel < channels)
+        tl.store(block_squares + block * channels + channel, tl.sum(square * square, 0), mask=channel < channels)
     tl.store(partial_max + partial, largest, mask=is_row)
-    tl.store(partial_sum + partial, tl.sum(weights, 1), mask=is_row)
-    store_values(
-        values, labels, logits, label, image, pixel, there, inside, heads, max_latents, height * width, HEADS, LATENTS
-    )
+    tl.store(partial_sum + partial, tl.sum(weights, 0), mask=is_row)
+    places = value_places(image, pixel, heads, max_latents, height * width, HEADS, LATENTS)
+    tl.store(values + places, logits, mask=there)
+    store_labels(labels, label, image, pixel, inside, height * width)
 
 
 @triton.jit
@@ -326,7 +326,7 @@ def _pool_backward_blocks(
     pixel, inside = pixels_of_block(order + image * order_stride, begin, end, PIXELS)
     first, count = latents_of(cu_latents + image * cu_latents_stride, num_labels, label)
     row, is_row = rows_of(image, heads, latents, first, count, HEADS, LATENTS)
-    there = is_row[:, None] & inside[None, :]
+    there = inside[:, None] & is_row[None, :]
     x = pixel_pointers(x, image, pixel, width, image_stride, row_stride, column_stride, FLAT)
     if grad_x is not None:
         grad_x = pixel_pointers(
@@ -335,42 +335,41 @@ def _pool_backward_blocks(
 
     logits = by_position(row_bias, col_bias, row, pixel, height, width, there)
     gradients = by_position(grad_row_mass, grad_col_mass, row, pixel, height, width, there)
-    for start in range(0, channels, CHANNELS):
+    for start in tl.range(0, channels, CHANNELS, disable_licm=True):
         channel = start + tl.arange(0, CHANNELS)
-        known = (channel < channels)[:, None] & inside[None, :]
+        known = inside[:, None] & (channel < channels)[None, :]
         features = load_channels(x, channel_stride, channel, known)
         table = load_rows(queries, row, is_row, channel, channels)
-        logits = tl.dot(table, features, logits, input_precision=PRECISION)
+        logits = tl.dot(features, tl.trans(table), logits, input_precision=PRECISION)
         if grad_pooled is not None:
             table = load_rows(grad_pooled, row, is_row, channel, channels)
-            gradients = tl.dot(table, features, gradients, input_precision=PRECISION)
-    weights = tl.exp(logits - tl.load(lse + row, mask=is_row, other=0.0)[:, None])
+            gradients = tl.dot(features, tl.trans(table), gradients, input_precision=PRECISION)
+    weights = tl.exp(logits - tl.load(lse + row, mask=is_row, other=0.0)[None, :])
     weights = tl.where(there, weights, 0.0)
-    gradients = tl.where(there, weights * (gradients - tl.load(delta + row, mask=is_row, other=0.0)[:, None]), 0.0)
+    gradients = tl.where(there, weights * (gradients - tl.load(delta + row, mask=is_row, other=0.0)[None, :]), 0.0)
 
     first += (program - label).to(tl.int64) * max_latents
     partial, _ = rows_of(image, heads, partial_rows, first, count, HEADS, LATENTS)
-    for start in range(0, channels, CHANNELS):
+    for start in tl.range(0, channels, CHANNELS, disable_licm=True):
         channel = start + tl.arange(0, CHANNELS)
-        known = (channel < channels)[:, None] & inside[None, :]
+        known = inside[:, None] & (channel < channels)[None, :]
         features = load_channels(x, channel_stride, channel, known)
         if partial_queries is not None:
-            sums = tl.dot(gradients, tl.trans(features), input_precision=PRECISION)
+            sums = tl.dot(tl.trans(gradients), features, input_precision=PRECISION)
             store_rows(partial_queries, sums, partial, is_row, channel, channels)
         if grad_x is not None:
             place = image * channels + channel
             is_channel = channel < channels
-            centred = features - tl.load(mean + place, mask=is_channel, other=0.0)[:, None]
-            result = tl.load(factor + place, mask=is_channel, other=0.0)[:, None] * centred
-            result += tl.load(offset + place, mask=is_channel, other=0.0)[:, None]
+            centred = features - tl.load(mean + place, mask=is_channel, other=0.0)[None, :]
+            result = tl.load(factor + place, mask=is_channel, other=0.0)[None, :] * centred
+            result += tl.load(offset + place, mask=is_channel, other=0.0)[None, :]
             table = load_rows(queries, row, is_row, channel, channels)
-            result = tl.dot(tl.trans(table), gradients, result, input_precision=PRECISION)
+            result = tl.dot(gradients, table, result, input_precision=PRECISION)
             if grad_pooled is not None:
                 table = load_rows(grad_pooled, row, is_row, channel, channels)
-                result = tl.dot(tl.trans(table), weights, result, input_precision=PRECISION)
+                result = tl.dot(weights, table, result, input_precision=PRECISION)
             store_channels(grad_x, grad_channel_stride, channel, result, known)
     if values is not None:
-        store_values(
-            values, labels, gradients, label, image, pixel, there, inside, heads, max_latents, height * width,
-            HEADS, LATENTS,
-        )  # fmt: skip
+        places = value_places(image, pixel, heads, max_latents, height * width, HEADS, LATENTS)
+        tl.store(values + places, gradients, mask=there)
+        store_labels(labels, label, image, pixel, inside, height * width)
