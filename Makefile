@@ -7,19 +7,23 @@ CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o 
 
 # A developer wants to hear of kernels that do not build. On macOS or Windows: SCA_REQUIRE_NATIVE=0.
 export SCA_REQUIRE_NATIVE ?= 1
+# The kernels in CUDA C++ take minutes to build, so only a machine with a GPU does that unasked. SCA_CUDA=1: always.
+export SCA_CUDA ?= $(if $(wildcard /dev/nvidia0),,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format compile-gpu gpu gpu-build gpu-test gpu-bench bench sanitize native clean
+.PHONY: help demo test lint format compile-gpu gpu gpu-build gpu-test gpu-bench bench bench-check report sanitize native clean
 
 help: ## list these targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: native ## train a small SCAM on two portraits and exchange their backgrounds; writes a picture
 	$(RUN) demo/run.py
 
+# A test computes on one thread, so as many run at a time as there are cores.
+PARALLEL := -n auto --dist worksteal
 test: native ## all tests, then the benchmarks at small sizes, where they only check results
-	$(RUN) -m pytest tests -q -m "not triton and not compiles_gpu"
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests -q -m triton
+	$(RUN) -m pytest tests -q $(PARALLEL) -m "not triton and not compiles_gpu"
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests -q $(PARALLEL) -m triton
 	$(RUN) -m pytest bench -q
 
 lint: $(VENV)/.installed ## check style and types
@@ -33,12 +37,13 @@ format: $(VENV)/.installed ## rewrite the sources in the project's style
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
-compile-gpu: $(VENV)/.installed ## compile the kernels in Triton for GPUs, which need not be there, and check what came out
-	$(RUN) -m pytest tests/test_triton_compiled.py -q
+compile-gpu: $(VENV)/.installed ## compile the kernels for GPUs, which need not be there, and check what came out
+	SCA_CUDA=$(if $(shell command -v nvcc),1,0) $(RUN) setup.py -q build_ext --inplace
+	$(RUN) -m pytest tests/test_triton_compiled.py tests/test_cuda_compiled.py -q
 
 # On a machine with a GPU. Nothing is installed or downloaded: $(PYTHON) must have PyTorch, Triton and pytest. The tests
 # mostly wait for Triton to compile, so their files are run beside one another.
-GPU_TESTS = $(filter-out %_compiled.py,$(wildcard tests/test_triton_*.py)) tests/test_gpu.py
+GPU_TESTS = $(filter-out %_compiled.py,$(wildcard tests/test_triton_*.py tests/test_cuda_*.py)) tests/test_gpu.py
 gpu: gpu-test gpu-bench ## on a CUDA machine, with $(PYTHON) as it is: the kernels' tests, then their figures
 
 gpu-build:
@@ -48,7 +53,7 @@ gpu-test: gpu-build
 	$(MAKE) --keep-going --jobs --output-sync $(GPU_TESTS:tests/%.py=gpu-test-%)
 
 gpu-test-%:
-	$(PYTHON) -m pytest tests/$*.py -q -m "triton or gpu"
+	$(PYTHON) -m pytest tests/$*.py -q -m "triton or cuda or gpu"
 
 gpu-bench: gpu-build
 	$(PYTHON) -m bench.gpu.run
@@ -57,6 +62,12 @@ gpu-bench: gpu-build
 bench: native ## the benchmarks at full size
 	$(RUN) -m pytest bench/ --benchmark
 
+bench-check: native ## a few benchmarks again: has anything become slower than committed?
+	$(RUN) -m bench.check
+
+report: $(VENV)/.installed ## docs/performance.md and its pictures, from the results of make bench
+	$(RUN) -m bench.performance
+
 # Python itself is built without sanitizers, so their runtimes must be loaded before it starts;
 # libstdc++ too, or AddressSanitizer does not find the function that throws C++ exceptions. pytest
 # must leave the standard error stream alone: a finding ends the process, and its report with it.
@@ -64,9 +75,10 @@ SANITIZED := build/sanitize
 SANITIZER_RUNTIMES = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(CXX) -print-file-name=$(library)))
 SANITIZER_TESTS ?= tests
 sanitize: $(VENV)/.installed ## run the kernels' tests under AddressSanitizer and UBSan
-	SCA_SANITIZE=address,undefined $(RUN) setup.py -q build_ext \
+	SCA_CUDA=0 SCA_SANITIZE=address,undefined $(RUN) setup.py -q build_ext \
 		--build-lib $(SANITIZED) --build-temp $(SANITIZED)
 	SCA_NATIVE_PATH=$$(echo $(CURDIR)/$(SANITIZED)/sca_kernels/_native*.so) \
+	SCA_CUDA_EMULATION_PATH=$$(echo $(CURDIR)/$(SANITIZED)/native-*/cuda_emulation/_cuda_emulation*.so) \
 	LD_PRELOAD="$(SANITIZER_RUNTIMES)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 \
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
@@ -87,6 +99,6 @@ $(VENV)/.installed: pyproject.toml setup.py constraints-dev.txt
 	@touch $@
 
 clean: ## remove what was built; .venv stays
-	rm -rf build dist *.egg-info sca_kernels/_native*.so demo/output
+	rm -rf build dist *.egg-info sca_kernels/_native*.so sca_kernels/_cuda*.so demo/output
 	rm -rf .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

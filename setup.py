@@ -1,11 +1,13 @@
-"""Builds csrc/ with ninja into one extension module, `sca_kernels._native`.
+"""Builds csrc/ with ninja: `sca_kernels._native` for CPUs and, where nvcc is found, `sca_kernels._cuda` for GPUs.
 
-The module takes plain pointers, so no PyTorch is needed to build it. Each kernel source is compiled
+The modules take plain pointers, so no PyTorch is needed to build it. Each kernel source is compiled
 once per instruction set, which setuptools cannot express: hence a build.ninja, which also makes a
 second build redo only what changed. All metadata is in pyproject.toml.
 
 Read from the environment: CXX (or CC), CXXFLAGS and LDFLAGS; SCA_REQUIRE_NATIVE=1 makes it an error
-when the kernels cannot be built; SCA_SANITIZE=address,undefined builds them with these sanitizers.
+when the kernels cannot be built; SCA_SANITIZE=address,undefined builds them with these sanitizers. SCA_CUDA=0 leaves
+the kernels for GPUs out, SCA_CUDA=1 makes it an error when nvcc is not found; SCA_CUDA_ARCHS="80 90a 100+PTX" says what
+they are compiled for.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +39,11 @@ COMMON_FLAGS = "-std=c++17 -O3 -DNDEBUG -fPIC -fopenmp -fno-lto -fvisibility=hid
 # traps, and doing without them changes no result, unlike the forbidden flags.
 KERNEL_FLAGS = "-fno-exceptions -fno-rtti -fno-math-errno -fno-trapping-math"
 LINK_FLAGS = "-shared -fopenmp -Wl,--as-needed -Wl,-z,relro,-z,now"
+CUDA_FLAGS = "-std=c++17 -O3 -DNDEBUG -lineinfo -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden"
+CUDA_ARCHITECTURES = "80 90a 100+PTX"
+CUDA_LINK_FLAGS = "-shared -cudart static -Xlinker -z,relro,-z,now,--exclude-libs,ALL,--strip-debug"
+# The kernels for GPUs as functions of the host, which tests run.
+EMULATION_FLAGS = "-DSCA_CUDA_EMULATION -Wno-unknown-pragmas"
 # A sanitizer's finding ends the process, so that a test run cannot overlook it.
 SANITIZER_FLAGS = "-fno-sanitize-recover=all -fno-omit-frame-pointer -UNDEBUG -O1 -g"
 # These change results, make the whole process flush subnormals, or fit only this machine.
@@ -108,48 +116,125 @@ def flags_from_environment(name: str) -> list[str]:
     return shlex.split(value)
 
 
-def ninja_text(toolchain: Toolchain, folder: Path, module: Path) -> str:
-    """The build.ninja that compiles all sources into `folder` and links `module`."""
-    import pybind11  # here, because an sdist or a build without kernels does not need it
+def find_nvcc() -> str | None:
+    """NVIDIA's compiler, unless the kernels for GPUs are not wanted."""
+    wanted = os.environ.get("SCA_CUDA", "")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home, "bin")))
+    if found is None and wanted:
+        raise CompileError(f"SCA_CUDA={wanted}, but nvcc was found neither on PATH nor in {home}/bin")
+    return found
 
-    def command(*words: str) -> str:
-        return shlex.join(words).replace("$", "$$")
 
-    def path(value: Path) -> str:
-        return re.sub(r"([$ :])", r"$\1", str(value))
+def gpu_architectures() -> list[str]:
+    """The options by which nvcc is told of what SCA_CUDA_ARCHS lists."""
+    options = []
+    for name in os.environ.get("SCA_CUDA_ARCHS", CUDA_ARCHITECTURES).replace(";", " ").split():
+        number = name.removesuffix("+PTX")
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name != number:
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
 
-    sanitizers = os.environ.get("SCA_SANITIZE", "")
-    sanitizer_flags = [f"-fsanitize={sanitizers}", *SANITIZER_FLAGS.split()] if sanitizers else []
-    processor = toolchain.processor
-    # Ours come last, so that a distribution's -O2 does not replace -O3.
-    flags = [*flags_from_environment("CXXFLAGS"), *COMMON_FLAGS.split(), *processor.flags.split()]
-    link_flags = [*flags_from_environment("LDFLAGS"), *LINK_FLAGS.split()]
-    link_flags += sanitizer_flags or ["-Wl,--strip-debug"]
-    compile_command = command(*toolchain.compiler, *flags, *sanitizer_flags, f"-I{SOURCES}")
 
-    built = [f"-DSCA_HAVE_{capability.upper()}" for capability in processor.capabilities]
-    headers = (pybind11.get_include(), sysconfig.get_path("include"))
-    once = [*built, *(f"-isystem{directory}" for directory in headers)]
-    objects = [(folder / f"{source.stem}.o", source, once) for source in COMPILED_ONCE]
-    for source in sorted(set(SOURCES.glob("cpu/*.cpp")) - set(COMPILED_ONCE)):
-        for capability, capability_flags in processor.capabilities.items():
-            extra = f"{KERNEL_FLAGS} {capability_flags} -DSCA_CPU_CAPABILITY={capability}".split()
-            objects.append((folder / capability / f"{source.stem}.o", source, extra))
-    lines = [
-        f"builddir = {path(folder)}",
-        "rule compile",
-        f"  command = {compile_command} $flags -MMD -MF $out.d -c $in -o $out",
-        "  description = compile $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {command(*toolchain.compiler)} $in -o $out {command(*link_flags)}",
-        "  description = link $out",
-    ]
-    for target, source, extra in objects:
-        lines += [f"build {path(target)}: compile {path(source)}", f"  flags = {command(*extra)}"]
-    lines += [f"build {path(module)}: link {' '.join(path(target) for target, _, _ in objects)}"]
-    return "\n".join(lines) + "\n"
+def ninja_command(*words: str) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+def ninja_path(value: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(value))
+
+
+class NinjaFile:
+    """The build.ninja that compiles sources into a folder and links modules."""
+
+    def __init__(self, toolchain: Toolchain, folder: Path) -> None:
+        import pybind11  # here, because an sdist or a build without kernels does not need it
+
+        sanitizers = os.environ.get("SCA_SANITIZE", "")
+        sanitizer_flags = [f"-fsanitize={sanitizers}", *SANITIZER_FLAGS.split()] if sanitizers else []
+        self.processor = toolchain.processor
+        self.folder = folder
+        # Ours come last, so that a distribution's -O2 does not replace -O3.
+        flags = [*flags_from_environment("CXXFLAGS"), *COMMON_FLAGS.split(), *self.processor.flags.split()]
+        link_flags = [*flags_from_environment("LDFLAGS"), *LINK_FLAGS.split()]
+        link_flags += sanitizer_flags or ["-Wl,--strip-debug"]
+        compile_command = ninja_command(*toolchain.compiler, *flags, *sanitizer_flags, f"-I{SOURCES}")
+        headers = (pybind11.get_include(), sysconfig.get_path("include"))
+        self.python_flags = [f"-isystem{directory}" for directory in headers]
+        self.lines = [
+            f"builddir = {ninja_path(folder)}",
+            "rule compile",
+            f"  command = {compile_command} $flags -MMD -MF $out.d -c $in -o $out",
+            "  description = compile $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {ninja_command(*toolchain.compiler)} $in -o $out {ninja_command(*link_flags)}",
+            "  description = link $out",
+        ]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+    def add_native(self, module: Path) -> None:
+        """The kernels for CPUs."""
+        built = [f"-DSCA_HAVE_{capability.upper()}" for capability in self.processor.capabilities]
+        objects = [
+            self._compile(self.folder / f"{source.stem}.o", source, [*built, *self.python_flags])
+            for source in COMPILED_ONCE
+        ]
+        for source in sorted(set(SOURCES.glob("cpu/*.cpp")) - set(COMPILED_ONCE)):
+            for capability, capability_flags in self.processor.capabilities.items():
+                extra = f"{KERNEL_FLAGS} {capability_flags} -DSCA_CPU_CAPABILITY={capability}".split()
+                objects.append(self._compile(self.folder / capability / f"{source.stem}.o", source, extra))
+        self._link("link", module, objects)
+
+    def add_cuda_emulation(self, module: Path) -> None:
+        """The kernels for GPUs, compiled for the host."""
+        flags = [*EMULATION_FLAGS.split(), *self.python_flags]
+        objects = [
+            self._compile(self.folder / f"{source.stem}.o", source, ["-x", "c++", *flags])
+            for source in sorted(SOURCES.glob("cuda/*.cu"))
+        ]
+        self._link("link", module, [*objects, self._cuda_bindings(module, flags)])
+
+    def add_cuda(self, module: Path) -> None:
+        """The kernels for GPUs. What ptxas says of each is kept beside the object."""
+        assert nvcc
+        command = ninja_command(nvcc, *CUDA_FLAGS.split(), *gpu_architectures(), f"-I{SOURCES}")
+        self.lines += [
+            "rule compile_cuda",
+            f"  command = {command} -MMD -MF $out.d -c $in -o $out > $out.ptxas 2>&1 || (cat $out.ptxas && false)",
+            "  description = compile $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link_cuda",
+            f"  command = {ninja_command(nvcc, *CUDA_LINK_FLAGS.split())} $in -o $out",
+            "  description = link $out",
+        ]
+        objects = [
+            self._compile(self.folder / f"{source.stem}.o", source, [], rule="compile_cuda")
+            for source in sorted(SOURCES.glob("cuda/*.cu"))
+        ]
+        self._link("link_cuda", module, [*objects, self._cuda_bindings(module, self.python_flags)])
+
+    def _cuda_bindings(self, module: Path, flags: list[str]) -> Path:
+        name = module.name.partition(".")[0]
+        return self._compile(
+            self.folder / "bindings.o", SOURCES / "cuda" / "bindings.cpp", [*flags, f"-DSCA_MODULE={name}"]
+        )
+
+    def _compile(self, target: Path, source: Path, flags: list[str], rule: str = "compile") -> Path:
+        self.lines += [f"build {ninja_path(target)}: {rule} {ninja_path(source)}"]
+        self.lines += [f"  flags = {ninja_command(*flags)}"] if flags else []
+        return target
+
+    def _link(self, rule: str, module: Path, objects: list[Path]) -> None:
+        self.lines += [f"build {ninja_path(module)}: {rule} {' '.join(map(ninja_path, objects))}"]
 
 
 class BuildAlwaysAsksForNative(build):
@@ -175,22 +260,36 @@ class BuildNative(build_ext):
         parent = Path("build") if self.keeps_objects else Path(self.build_temp)
         folder = parent / f"native-{sysconfig.get_config_var('SOABI')}"
         destination = Path(self.get_ext_fullpath(ext.name))
-        module = folder / destination.name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_text(toolchain, folder, module))
-        ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
-        options = ["-j", str(self.parallel)] if self.parallel else []
-        options += [] if self.verbose else ["--quiet"]
-        if subprocess.call([*ninja, "-f", str(folder / "build.ninja"), *options]) != 0:
-            raise CompileError("the native kernels did not compile; the messages above say why")
+        if ext is native:
+            module = self.make(folder, destination.name, NinjaFile.add_native)
+            if self.keeps_objects or os.environ.get("SCA_SANITIZE"):  # for tests; a wheel does not hold it
+                name = destination.name.replace("_native", "_cuda_emulation")
+                self.make(folder / "cuda_emulation", name, NinjaFile.add_cuda_emulation)
+        else:
+            module = self.make(folder / "cuda", destination.name, NinjaFile.add_cuda)
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(module, destination)
 
+    def make(self, folder: Path, name: str, add: Callable[[NinjaFile, Path], None]) -> Path:
+        """Has ninja make a module in a folder of its own, whose build.ninja knows nothing else."""
+        assert isinstance(toolchain, Toolchain)
+        module, file = NinjaFile(toolchain, folder), folder / "build.ninja"
+        add(module, folder / name)
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(module.text)
+        ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
+        options = ["-j", str(self.parallel)] if self.parallel else []
+        options += [] if self.verbose else ["--quiet"]
+        if subprocess.call([*ninja, "-f", str(file), *options]) != 0:
+            raise CompileError("the native kernels did not compile; the messages above say why")
+        return folder / name
+
 
 toolchain = find_toolchain()
+nvcc = find_nvcc() if isinstance(toolchain, Toolchain) else None
 # No sources here: a machine without a compiler makes sdists too, so MANIFEST.in lists csrc/.
-native = [Extension("sca_kernels._native", sources=[])]
-setup(
-    ext_modules=native if isinstance(toolchain, Toolchain) else [],
-    cmdclass={"build": BuildAlwaysAsksForNative, "build_ext": BuildNative},
-)
+native = Extension("sca_kernels._native", sources=[])
+modules = [native] if isinstance(toolchain, Toolchain) else []
+if nvcc:
+    modules.append(Extension("sca_kernels._cuda", sources=[]))
+setup(ext_modules=modules, cmdclass={"build": BuildAlwaysAsksForNative, "build_ext": BuildNative})

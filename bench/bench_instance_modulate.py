@@ -5,6 +5,7 @@
   alone.
 * ``separate``: instance norm, modulation, noise and leaky ReLU as operations of PyTorch, one after another; where noise
   is one number per element, it draws them from PyTorch's generator. ``compiled``: the same under ``torch.compile``.
+  ``norm, compiled``: PyTorch's instance norm as it is, and the operations after it compiled into one.
 * ``copy``: of the feature map into memory that is already there: one read and one write. What must be moved is, in
   copies, one and a half forward (two reads, one write), and for each map that is given half a one more.
 """
@@ -23,7 +24,8 @@ from torch import Tensor
 from sca_kernels import instance_modulate
 from sca_kernels.reference.noise import per_element_noise
 
-from . import memory
+from . import memory, timing
+from .goals import OVERHEAD
 from .report import Goal
 from .run import Run
 from .timing import Contender, Figure
@@ -165,25 +167,29 @@ def separate(
     problem: Problem,
     noise: Callable[[Tensor], Tensor] | None = None,
     normalise: Callable[[Tensor], Tensor] | None = None,
+    compiled_by: Callable[[Compute], Compute] = lambda function: function,
 ) -> Compute:
-    """The formula in operations of PyTorch; ``noise`` gives another than the problem's own."""
+    """The formula in operations of PyTorch; ``noise`` gives another than the problem's own.
+
+    What comes after the norm may be compiled.
+    """
     negative_slope = problem.kind.negative_slope
     normalise = normalise or instance_norm
 
     def per_pixel(values: Tensor) -> Tensor:
         return values if values.dim() == 4 else values[:, None, None]
 
-    def modulate(x: Tensor, parameters: Parameters) -> Tensor:
-        out = normalise(x)
+    def pointwise(out: Tensor, parameters: Parameters) -> Tensor:
         if "gamma" in parameters:
-            gamma, beta = (per_pixel(parameters[name]).to(x.dtype) for name in ("gamma", "beta"))
+            gamma, beta = (per_pixel(parameters[name]).to(out.dtype) for name in ("gamma", "beta"))
             out = torch.addcmul(beta, out, 1 + gamma)
-        numbers = problem.noise if noise is None else noise(x)
+        numbers = problem.noise if noise is None else noise(out)
         if numbers is not None:
-            out = out + (per_pixel(parameters["noise_strength"]) * numbers).to(x.dtype)
+            out = out + (per_pixel(parameters["noise_strength"]) * numbers).to(out.dtype)
         return out if negative_slope == 1 else F.leaky_relu(out, negative_slope)
 
-    return modulate
+    after_norm = compiled_by(pointwise)
+    return lambda x, parameters: after_norm(normalise(x), parameters)
 
 
 def instance_norm(x: Tensor) -> Tensor:
@@ -210,7 +216,18 @@ def drawn(x: Tensor) -> Tensor:
     return torch.randn(x.shape, dtype=torch.float32)
 
 
-def race(run: Run, kind: Kind, channels: int, side: int, form: Form, goals: Mapping[bool, Sequence[Goal]]) -> None:
+def race(
+    run: Run,
+    kind: Kind,
+    channels: int,
+    side: int,
+    form: Form,
+    goals: Mapping[bool, Sequence[Goal]],
+    *,
+    title: str = "instance_modulate",
+    row: str = "",
+    compiled: bool = True,
+) -> None:
     side, channels = run.choose(max(8, side // 16), side), run.choose(min(20, channels), channels)
     made = problem(kind, channels, side, form)
     exact = made.in_float64()
@@ -236,13 +253,15 @@ def race(run: Run, kind: Kind, channels: int, side: int, form: Form, goals: Mapp
             entries.append(other.entry("separate", separate(other, drawn), backward, of_other))
         elif kind is not NORM:
             entries.append(made.entry("separate", separate(made), backward, expected[some]))
-            if kind is MAPS and form == Form():
+            if compiled and kind is MAPS and form == Form():
                 together = run.compile(separate(made))
                 entries.append(made.entry("compiled", together, backward, expected[some]))
+                after_norm = separate(made, compiled_by=run.compile)
+                entries.append(made.entry("norm, compiled", after_norm, backward, expected[some]))
         run.compare(
             entries,
-            table=f"instance_modulate, {name}: {kind.name}, {form.describe()}",
-            row=f"{channels} channels, {side} x {side}",
+            table=f"{title}, {name}: {kind.name}, {form.describe()}",
+            row=row or f"{channels} channels, {side} x {side}",
             dtype=form.dtype,
             goals=goals.get(backward, ()) if form.dtype == torch.float32 and side >= 32 else (),
             seconds=1.2 if side >= 128 else 0.5,
@@ -271,6 +290,13 @@ def test_noise_per_element(run: Run, channels: int, side: int, form: Form) -> No
     race(run, ELEMENTS, channels, side, form, goals)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_threads(run: Run, count: int) -> None:
+    with timing.threads(count):
+        row = f"{count} thread{'s' * (count > 1)}"
+        race(run, MAPS, *SHAPES[0], Form(), {}, title="Threads, instance_modulate", row=row, compiled=False)
+
+
 @pytest.mark.parametrize("with_gradients", [False, True])
 def test_overhead(run: Run, with_gradients: bool) -> None:
     """A call so small that only the way to the kernel counts."""
@@ -287,7 +313,7 @@ def test_overhead(run: Run, with_gradients: bool) -> None:
         table="instance_modulate, overhead of a call: 8 channels, 4 x 4 pixels, forward",
         row="with gradients" if with_gradients else "without gradients",
         unit="us",
-        goals=(Goal("ours", "instance_norm", at_most=2),),
+        goals=OVERHEAD,
         seconds=1.0,
     )
 

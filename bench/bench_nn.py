@@ -5,6 +5,7 @@
   ``ours, all labels``: with :func:`bench.label_maps.regions`, in which all labels occur (at 8 x 8 as many as fit).
 * ``published``: :class:`bench.published.SCAMModulation` with the first map. Its mask of all latents, which has the
   image's resolution, is made beforehand. It takes equally long for any map. ``compiled``: that under ``torch.compile``.
+  ``autocast``: that under autocast to bfloat16, and so less exact, where the processor has it.
 
 All get the same noise, which is drawn beforehand.
 
@@ -26,13 +27,13 @@ from torch import Tensor, nn
 from sca_kernels import LabelMap, LatentLayout
 from sca_kernels.nn import SemanticModulation
 
-from . import label_maps
+from . import goals, label_maps, timing
+from .contenders import autocast as in_bfloat16
 from .feature_maps import noticeable, without_gradient_at_kinks
 from .published import ATTENTION_WIDTH, STYLE_WIDTH, SameLabel, SCAMModulation, mask_of_latents
 from .races import PASSES
-from .report import Goal
 from .run import Run
-from .timing import Contender
+from .timing import Contender, skipped
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 
@@ -42,13 +43,6 @@ SHAPES = [(64, 256), (128, 128), (512, 32), (1024, 8)]
 KINDS = {False: "simplex", True: "duplex"}
 # Compiling takes longer than all the rest.
 COMPILED = [(64, 256, 19), (64, 256, 151)]
-# Of the times of the published module to ours, by number of labels and pass.
-HEADLINE_GOALS = {
-    (19, False): 40,
-    (19, True): 50,
-    (151, False): 150,
-    (151, True): 100,
-}
 
 # Parameters of the published module and of ours.
 RENAMED = {
@@ -164,24 +158,54 @@ def test_modulation(run: Run, channels: int, side: int, num_labels: int, duplex:
     is_compiled = (channels, side, num_labels) in COMPILED
     compiled = published_by(run.compile(published.forward)) if is_compiled else None
     present = [entry.shape["labels_present"] for entry in (problem, all_labels)]
-    headline = HEADLINE_GOALS[num_labels, False], HEADLINE_GOALS[num_labels, True]
     for backward, name in PASSES.items():
         entries = [
             _ours("ours", problem, duplex, backward),
             _ours("ours, all labels", all_labels, duplex, backward),
             problem.entry("published", published_by(published.forward), weights, backward),
         ]
+        absent = []
+        if timing.has_bfloat16():
+            entries.append(in_bfloat16(problem.entry("autocast", published_by(published.forward), weights, backward)))
+        else:
+            absent.append(skipped("autocast", problem.shape, "this processor has no bfloat16"))
         if compiled is not None:
             entries.append(problem.entry("compiled", compiled, weights, backward))
-        goals = [Goal("published", entry.name, at_least=headline[backward]) for entry in entries[:2]]
         run.compare(
             entries,
             table=f"Modulation, {KINDS[duplex]}, {name}: k = {LATENTS}, D = {ATTENTION_WIDTH}, float32; everything "
             "counted",
             row=f"{channels} channels, {side} x {side}, {num_labels} labels ({present[0]}, {present[1]} present)",
-            goals=goals if (channels, side) == SHAPES[0] else (),
+            goals=goals.module(num_labels, backward) if (channels, side) == SHAPES[0] else (),
+            absent=absent,
             seconds=1.0,
         )
+
+
+@pytest.mark.parametrize("duplex", KINDS, ids=KINDS.get)
+@pytest.mark.parametrize("count", [1, 2])
+def test_threads(run: Run, count: int, duplex: bool) -> None:
+    channels, side, image_side = run.choose((40, 16, 32), (*SHAPES[0], IMAGE_SIDE))
+    problem = _problem(label_maps.parts, 19, duplex, channels, side, image_side)
+    published = problem.published
+    mask = mask_of_latents(problem.labels, problem.layout.labels(torch.device("cpu")))
+    weights = list(published.parameters())
+
+    def as_published(x: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        return published(x, mask, latents)
+
+    with timing.threads(count):
+        for backward, name in PASSES.items():
+            run.compare(
+                [
+                    _ours("ours", problem, duplex, backward),
+                    problem.entry("published", as_published, weights, backward),
+                ],
+                table=f"Threads, modulation, {KINDS[duplex]}, {name}: 64 channels, 256 x 256, 19 labels, "
+                f"k = {LATENTS}, D = {ATTENTION_WIDTH}, float32; everything counted",
+                row=f"{count} thread{'s' * (count > 1)}",
+                seconds=1.0,
+            )
 
 
 def _problem(

@@ -20,9 +20,17 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from sca_kernels import LabelMap
 
-from . import contenders, flex, label_maps, memory, timing
+from . import contenders, flex, label_maps, memory, races, timing
 from .contenders import entry
 from .dense import attention, attention_by_label, blocked_pairs
+from .goals import (
+    CROSS_ATTENTION,
+    GROWTH_WITH_LABELS,
+    GROWTH_WITH_LATENTS,
+    GROWTH_WITH_PIXELS,
+    NOISE,
+    OVERHEAD,
+)
 from .problems import Problem, Sizes, latents_to_latents, latents_to_pixels, pixels_to_latents
 from .report import Goal
 from .run import Run
@@ -35,14 +43,6 @@ pytestmark = [
 
 PASSES = {False: "forward", True: "forward + backward"}
 HEADLINE_SIDE, HEADLINE_LABELS = 256, 19
-HEADLINE_GOALS = {
-    False: (
-        Goal("ours", "copy", at_most=1.5),
-        Goal("Flex", "ours", at_least=4),
-        Goal("SDPA", "ours", at_least=15),
-    ),
-    True: (Goal("dense", "ours", at_least=15),),
-}
 
 
 @pytest.mark.parametrize("num_labels", [3, 19, 151])
@@ -54,7 +54,7 @@ def test_pixels_to_latents(run: Run, side: int, num_labels: int) -> None:
         run,
         problem,
         f"{side * side:,} pixels, {num_labels} labels",
-        goals=HEADLINE_GOALS if headline else {},
+        goals=CROSS_ATTENTION if headline else {},
         compiled=True,
     )
 
@@ -74,20 +74,19 @@ def test_threads(run: Run, count: int) -> None:
             problem,
             f"{count} thread{'s' * (count > 1)}",
             title="Threads, 65,536 pixels",
-            goals=HEADLINE_GOALS,
+            goals=CROSS_ATTENTION,
         )
 
 
 @pytest.mark.parametrize("num_labels", [3, 19, 151])
 def test_every_pixel_its_own_label(run: Run, num_labels: int) -> None:
     problem = _pixels_to_latents(run, HEADLINE_SIDE, num_labels, kind="random")
-    goals = (Goal("dense", "ours", at_least=1), Goal("dense", "ours + plan", at_least=1))
     _race(
         run,
         problem,
         f"65,536 pixels, {num_labels} labels",
         title="Every pixel its own random label",
-        goals=dict.fromkeys(PASSES, goals),
+        goals=dict.fromkeys(PASSES, NOISE),
     )
 
 
@@ -109,12 +108,12 @@ def test_latents_to_latents(run: Run, num_labels: int) -> None:
 def test_label_maps(run: Run, backward: bool) -> None:
     entries = []
     for kind in label_maps.makers():
-        num_labels = 3 if kind == "photograph" else HEADLINE_LABELS
-        problem = _pixels_to_latents(run, HEADLINE_SIDE, num_labels, kind=kind)
+        problem = _pixels_to_latents(run, HEADLINE_SIDE, races.labels_of(kind), kind=kind)
         entries.append(entry(kind, problem, contenders.ours_with_plan(problem), backward))
+    entries.append(entry("dense, any map", problem, contenders.dense(problem), backward))
     run.compare(
         entries,
-        table="Label maps: 65,536 pixels, 19 labels (photograph: 3) of 8 latents, D = 256, plan counted",
+        table="Label maps: 65,536 pixels, 19 labels (photographs: 3) of 8 latents, D = 256, plan counted",
         row=PASSES[backward],
     )
 
@@ -132,7 +131,7 @@ def test_growth_with_labels(run: Run, side: int, counted: bool, backward: bool) 
         entries,
         table="Growth with labels: 8 latents each, D = 256",
         row=f"{side * side:,} pixels, {PASSES[backward]}{', plan counted' if counted else ''}",
-        goals=(Goal("151 labels", "3 labels", at_most=1.15),),
+        goals=GROWTH_WITH_LABELS,
         seconds=2.0,
     )
 
@@ -151,7 +150,7 @@ def test_growth_with_pixels(run: Run, backward: bool) -> None:
         table="Growth with pixels: time per pixel, 19 labels of 8 latents, D = 64, plan counted",
         row=PASSES[backward],
         unit="ns",
-        goals=(Goal("1024 x 1024", "256 x 256", at_most=1.15),),
+        goals=GROWTH_WITH_PIXELS,
     )
 
 
@@ -165,7 +164,7 @@ def test_growth_with_latents(run: Run, backward: bool) -> None:
         entries,
         table="Growth with latents per label: 65,536 pixels, 19 labels, D = 256",
         row=PASSES[backward],
-        goals=(Goal("k = 32", "k = 4", at_most=8),),
+        goals=GROWTH_WITH_LATENTS,
     )
 
 
@@ -220,7 +219,7 @@ def test_overhead(run: Run, with_gradients: bool) -> None:
         table="Overhead of a call: 4 x 4 pixels, 2 labels of 2 latents, D = 8, forward",
         row="with gradients" if with_gradients else "without gradients",
         unit="us",
-        goals=(Goal("ours", "instance_norm", at_most=2),),
+        goals=OVERHEAD,
         seconds=2.0,
     )
 
@@ -296,7 +295,7 @@ def test_default_allocator(run: Run, backward: bool) -> None:
         figures,
         table="The system's default allocator: page faults in every large result",
         row=f"65,536 pixels, 19 labels, {PASSES[backward]}",
-        goals=HEADLINE_GOALS[backward],
+        goals=CROSS_ATTENTION[backward],
         allocator="system default",
     )
 

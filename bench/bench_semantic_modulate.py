@@ -7,39 +7,35 @@ from __future__ import annotations
 
 import pytest
 
-from . import feature_maps, races
+from . import feature_maps, goals, races
 from .feature_maps import Sizes
 from .races import PASSES
 from .report import Goal
 from .run import Run
 
 OPERATOR = "semantic_modulate"
-LARGE = {
-    False: (Goal("ours", "instance_norm", at_most=0.55),),
-    True: (Goal("ours", "instance_norm", at_most=1.3),),
-}
-SMALL = {
-    False: (Goal("ours", "instance_norm", at_most=1.2),),
-    True: (Goal("ours", "instance_norm", at_most=1.8),),
-}
 
 
 @pytest.mark.parametrize("sizes", races.ORDERS_AND_TYPES, ids=Sizes.describe)
 @pytest.mark.parametrize("channels, side", feature_maps.SHAPES)
 def test_shapes(run: Run, channels: int, side: int, sizes: Sizes) -> None:
-    goals = {128: LARGE, 256: LARGE, 64: SMALL, 32: SMALL}.get(side, {}) if sizes == Sizes() else {}
-    races.against_instance_norm(run, OPERATOR, channels, side, sizes, goals)
+    wanted = goals.MODULATE_LARGE if side >= 128 else goals.MODULATE_SMALL
+    races.against_instance_norm(run, OPERATOR, channels, side, sizes, wanted if sizes == Sizes() else {})
 
 
 @pytest.mark.parametrize("num_labels", [3, 19, 151])
 def test_every_pixel_its_own_label(run: Run, num_labels: int) -> None:
-    goals = (Goal("dense", "ours", at_least=1), Goal("dense", "ours + plan", at_least=1))
-    races.against_dense(run, OPERATOR, num_labels, "random", goals)
+    races.against_dense(run, OPERATOR, num_labels, "random", goals.NOISE)
 
 
-@pytest.mark.parametrize("kind", ["regions", "stripes", "one_label"])
+@pytest.mark.parametrize("kind", races.KINDS)
 def test_label_maps(run: Run, kind: str) -> None:
-    races.against_dense(run, OPERATOR, races.LABELS, kind, ())
+    races.against_dense(run, OPERATOR, races.labels_of(kind), kind, ())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_threads(run: Run, count: int) -> None:
+    races.threads(run, OPERATOR, count)
 
 
 @pytest.mark.parametrize("backward", PASSES, ids=PASSES.get)

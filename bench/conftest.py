@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from . import report, timing
+from .check import Guard
 from .run import Run, current_allocator, keeps_freed_memory
 
 _RUN = pytest.StashKey[Run]()
@@ -22,13 +23,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the benchmarks at full size and time them; otherwise they only check results",
     )
 
+    parser.addoption(
+        "--check",
+        action="store_true",
+        help="with --benchmark: hold the times against the committed ones instead of recording them",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     full = config.getoption("benchmark")
     if full and sys.platform == "linux" and not keeps_freed_memory():
         # The C library reads these settings only when a process starts, so start once more.
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **timing.REUSED_MEMORY})
-    config.stash[_RUN] = Run(full)
+    config.stash[_RUN] = Run(full, Guard() if full and config.getoption("check") else None)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -54,6 +61,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         write(f"{current.checked} results checked; no times at small sizes (use --benchmark)")
         return
     terminalreporter.section("benchmarks")
+    if current.guard is not None:
+        for line in current.guard.summary():
+            write(line)
+        return
     machine = report.describe_machine(current_allocator())
     write(", ".join(f"{name} {value}" for name, value in machine.items()))
     write(

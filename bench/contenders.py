@@ -9,11 +9,17 @@
 * ``Flex``: compiled FlexAttention on pixels that are already sorted by label, with the block mask made
   beforehand. ``Flex + sort``: sorting, block mask and bringing the result back in order are counted.
   :mod:`bench.flex` says how it was made fast.
+* ``autocast``: ``dense`` under autocast to bfloat16, so its result is less exact than that of the others.
+* ``loop``: over the labels, ``scaled_dot_product_attention`` of each label's pixels and latents; quicker than two
+  products and a softmax. ``nested``: one call of it on jagged nested tensors, a sequence for each label, which on a CPU
+  pads them to the longest. The order of the pixels is found beforehand; bringing them into it and back is counted, with
+  ``index_select``, the quickest way that has a gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +31,14 @@ from sca_kernels import LabelMap, LatentLayout, semantic_cross_attention
 from . import flex
 from .dense import attention, blocked_pairs
 from .problems import Attention, Problem
-from .timing import Contender, Figure, skipped
+from .timing import Contender, Figure, has_bfloat16, skipped
 
 FlexFunction = Callable[..., Tensor]
 Compiler = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 MOST_MASKED_BYTES = 4e9
+# Rounding to 8 bits puts some units on the other side of an activation's kink, with another gradient.
+AUTOCAST_TOLERANCE = 5e-2
 
 
 def entry(
@@ -61,10 +69,9 @@ def lineup(
         copy(problem.query),
     ]
     absent = []
-    pairs = problem.query.shape[2] * problem.key.shape[2] * problem.query.shape[1]
-    masked_bytes = pairs * (3 * problem.query.element_size() + 1)
-    if masked_bytes > MOST_MASKED_BYTES:
-        reason = f"logits, masked logits, weights and mask would take {masked_bytes / 1e9:.1f} GB"
+    needed = masked_bytes(problem)
+    if needed > MOST_MASKED_BYTES:
+        reason = f"logits, masked logits, weights and mask would take {needed / 1e9:.1f} GB"
         absent += [skipped(name, problem.shape, reason) for name in ("dense", "compiled", "SDPA")]
     else:
         present.append(entry("dense", problem, dense(problem), backward, expected))
@@ -72,6 +79,19 @@ def lineup(
             attend = dense(problem, compiler(attention))
             present.append(entry("compiled", problem, attend, backward, expected))
         present.append(entry("SDPA", problem, sdpa(problem), backward, expected))
+        if problem.dtype == torch.float32:
+            if has_bfloat16():
+                present.append(autocast(entry("autocast", problem, dense(problem), backward, expected)))
+            else:
+                absent.append(skipped("autocast", problem.shape, "this processor has no bfloat16"))
+    present.append(entry("loop", problem, loop(problem), backward, expected))
+    counts = ByLabel.of(problem).queries
+    padded_bytes = 2 * len(counts) * max(counts) * problem.query.nbytes // sum(counts)
+    if padded_bytes > MOST_MASKED_BYTES:
+        reason = f"query and result padded to the largest label would take {padded_bytes / 1e9:.1f} GB"
+        absent.append(skipped("nested", problem.shape, reason))
+    else:
+        present.append(entry("nested", problem, nested(problem), backward, expected))
     if compiler is not None:
         no_backward = flex.why_no_backward() if backward else None
         if no_backward:
@@ -82,6 +102,12 @@ def lineup(
             present.append(flex_on_sorted(problem, expected, compiled_flex))
             present.append(entry("Flex + sort", problem, sort_and_attend, False, expected))
     return present, absent
+
+
+def masked_bytes(problem: Problem) -> int:
+    """What the tables of all pairs of ``dense`` take: mask, logits, masked logits and weights."""
+    pairs = problem.query.shape[2] * problem.key.shape[2] * problem.query.shape[1]
+    return pairs * (3 * problem.query.element_size() + 1)
 
 
 def ours(problem: Problem) -> Attention:
@@ -118,6 +144,79 @@ def sdpa_with_float_mask(problem: Problem) -> Attention:
     blocked = blocked_pairs(problem.query_labels, problem.key_labels)
     bias = torch.zeros(blocked.shape, dtype=problem.dtype).masked_fill_(blocked, -torch.inf)
     return lambda query, key, value: F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def autocast(contender: Contender) -> Contender:
+    """The same under autocast to bfloat16."""
+
+    def run() -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return contender.run()
+
+    return replace(contender, run=run, joint=True, tolerance=AUTOCAST_TOLERANCE)
+
+
+@dataclass(frozen=True)
+class ByLabel:
+    """Which queries and keys belong together, for labels that have queries.
+
+    Attributes:
+        order: the queries, label by label.
+        places: where each query is in that order.
+        queries: how many each label has.
+        keys_present: the keys of these labels.
+    """
+
+    order: Tensor
+    places: Tensor
+    queries: list[int]
+    keys_present: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem) -> ByLabel:
+        _, order, places = flex.sort_pixels(problem.query_labels[0])
+        counts = problem.query_labels[0].long().bincount(minlength=problem.num_labels)
+        keys_present = torch.isin(problem.key_labels[0], counts.nonzero()[:, 0]).nonzero()[:, 0]
+        return cls(order, places, counts[counts > 0].tolist(), keys_present)
+
+
+def loop(problem: Problem) -> Attention:
+    grouped = ByLabel.of(problem)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        queries = query.index_select(2, grouped.order).split(grouped.queries, 2)
+        keys, values = (
+            tensor.index_select(2, grouped.keys_present).split(problem.latents, 2) for tensor in (key, value)
+        )
+        results = [F.scaled_dot_product_attention(*of_label) for of_label in zip(queries, keys, values, strict=True)]
+        return torch.cat(results, 2).index_select(2, grouped.places)
+
+    return attend
+
+
+def nested(problem: Problem) -> Attention:
+    grouped = ByLabel.of(problem)
+    query_offsets = torch.tensor([0, *grouped.queries]).cumsum(0)
+    key_offsets = torch.arange(len(grouped.queries) + 1) * problem.latents
+    longest, shortest = max(grouped.queries), min(grouped.queries)
+
+    def jagged(tokens: Tensor, order: Tensor, offsets: Tensor, shortest: int, longest: int) -> Tensor:
+        values = tokens[0].transpose(0, 1).index_select(0, order)
+        sequences: Tensor = torch.nested.nested_tensor_from_jagged(
+            values, offsets, min_seqlen=shortest, max_seqlen=longest
+        )
+        return sequences.transpose(1, 2)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        queries = jagged(query, grouped.order, query_offsets, shortest, longest)
+        keys, values = (
+            jagged(tensor, grouped.keys_present, key_offsets, problem.latents, problem.latents)
+            for tensor in (key, value)
+        )
+        results = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).values()
+        return results.index_select(0, grouped.places).transpose(0, 1)[None]
+
+    return attend
 
 
 def flex_on_sorted(

@@ -6,6 +6,9 @@
   is, in copies: ``semantic_pool`` half a one forward (one read), and one more backward; ``semantic_modulate`` one and a
   half forward (two reads, one write), and two and a half more backward (map and incoming gradient twice, one write).
 * ``dense``: the same formula on the same folded rows with a mask of all pairs, which is made beforehand.
+  ``compiled``: that under ``torch.compile``. ``autocast``: that under autocast to bfloat16, and so less exact.
+* ``loop``: over the labels, each with its own pixels, which are put into order and back with ``index_select``; which
+  pixels belong to a label is found beforehand.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ Compute = Callable[[Tensor, Rows], tuple[Tensor, ...]]
 
 EPS = 1e-5
 NEGATIVE_SLOPE = 0.2
-MOST_MASKED_BYTES = 4e9
 
 # Channels and side of the feature maps of the published models at 256 x 256.
 SHAPES = ((64, 256), (128, 128), (256, 64), (512, 32), (1024, 16), (1024, 8))
@@ -115,7 +117,6 @@ class Problem:
         """The results in float64, with ``backward`` also the gradients; computed once."""
         if True not in self._expected:
             exact = self.in_float64()
-            by_label = pool_by_label if self.operator == "semantic_pool" else modulate_by_label
             self._expected[True] = exact.task(by_label(exact), backward=True)()
         return self._expected[True][: None if backward else len(self.gradients)]
 
@@ -278,8 +279,13 @@ def dense(problem: Problem) -> Compute:
     return pool if problem.operator == "semantic_pool" else modulate
 
 
+def by_label(problem: Problem) -> Compute:
+    """The operator one label at a time."""
+    return pool_by_label(problem) if problem.operator == "semantic_pool" else modulate_by_label(problem)
+
+
 def pool_by_label(problem: Problem) -> Compute:
-    """``semantic_pool`` one label at a time: what float64 can afford."""
+    """``semantic_pool`` one label at a time: what float64 can afford, and a rival."""
     height, width = problem.x.shape[2:]
     grouped = _PixelsByLabel.of(problem)
 
@@ -309,7 +315,10 @@ def pool_by_label(problem: Problem) -> Compute:
 
 
 def modulate_by_label(problem: Problem) -> Compute:
-    """``semantic_modulate`` one label at a time: what float64 can afford. Every pixel has a label with latents."""
+    """``semantic_modulate`` one label at a time: what float64 can afford, and a rival.
+
+    Every pixel has a label with latents.
+    """
     width = problem.x.shape[3]
     grouped = _PixelsByLabel.of(problem)
 

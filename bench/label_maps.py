@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,8 @@ from torch import Tensor
 from sca_kernels import LabelMap
 
 PHOTOGRAPHS = Path(__file__).parent.parent / "demo" / "labels"
+PHOTOGRAPHED_LABELS = 3
+BLOBS = (4, 16, 64)  # pixels across
 
 
 def regions(height: int, width: int, num_labels: int) -> Tensor:
@@ -57,9 +61,27 @@ def random(height: int, width: int, num_labels: int) -> Tensor:
     return torch.randint(num_labels, (1, height, width), generator=generator, dtype=torch.int32)
 
 
-def photograph(height: int, width: int, num_labels: int) -> Tensor:
-    """The first label map of the demonstration (background, face, body), resized."""
-    path = min(PHOTOGRAPHS.glob("*.png"))
+def blobs(height: int, width: int, num_labels: int, size: int) -> Tensor:
+    """Cells of about ``size`` x ``size`` pixels around jittered centres, each with a random label."""
+    rows, columns = height // size + 3, width // size + 3
+    generator = torch.Generator().manual_seed(num_labels)
+    jitter = torch.rand(2, rows, columns, generator=generator)
+    label_of_cell = torch.randint(num_labels, (rows, columns), generator=generator, dtype=torch.int32)
+    # A border of cells lies outside the image, so that every pixel has eight around its own.
+    row, column = torch.meshgrid(torch.arange(height) / size + 1, torch.arange(width) / size + 1, indexing="ij")
+    nearest = torch.full((height, width), torch.inf)
+    labels = torch.zeros(height, width, dtype=torch.int32)
+    for down, right in itertools.product((-1, 0, 1), repeat=2):
+        cell = row.long() + down, column.long() + right
+        distance = (cell[0] + jitter[0][cell] - row) ** 2 + (cell[1] + jitter[1][cell] - column) ** 2
+        labels = torch.where(distance < nearest, label_of_cell[cell], labels)
+        nearest = torch.minimum(nearest, distance)
+    return labels[None]
+
+
+def photograph(height: int, width: int, num_labels: int, number: int = 0) -> Tensor:
+    """A label map of the demonstration (background, face, body), resized."""
+    path = sorted(PHOTOGRAPHS.glob("*.png"))[number]
     return LabelMap.from_png(path, num_labels).at(height, width).labels.contiguous()
 
 
@@ -75,7 +97,10 @@ def parts(height: int, width: int, num_labels: int) -> Tensor:
 
 def makers() -> dict[str, Callable[[int, int, int], Tensor]]:
     """The kinds of maps that can be made here, by name."""
-    kinds = [regions, blocks, stripes, one_label, random]
+    kinds: dict[str, Callable[[int, int, int], Tensor]] = {
+        kind.__name__: kind for kind in (regions, blocks, stripes, one_label, random)
+    }
+    kinds |= {f"blobs_{size}": functools.partial(blobs, size=size) for size in BLOBS}
     if any(PHOTOGRAPHS.glob("*.png")):
-        kinds.append(photograph)
-    return {kind.__name__: kind for kind in kinds}
+        kinds |= {"photograph": photograph, "photograph_2": functools.partial(photograph, number=1), "parts": parts}
+    return kinds

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from .timing import Contender, Figure
+
 
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most tensor memory that ``run`` and its result hold at a time, beyond what was there before."""
@@ -33,6 +35,14 @@ def peak_bytes(run: Callable[[], object]) -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+def peak_of(contender: Contender) -> Figure:
+    """:func:`peak_bytes` of a contender, in MiB."""
+    mebibytes = peak_bytes(contender.run) / 2**20
+    return Figure(
+        contender.name, contender.shape, median=mebibytes, lower=mebibytes, upper=mebibytes, rounds=(mebibytes,)
+    )
 
 
 def counts_correctly() -> bool:

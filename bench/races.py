@@ -8,14 +8,17 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from . import feature_maps, label_maps, memory
+from . import contenders, feature_maps, label_maps, memory, timing
 from .feature_maps import Problem, Sizes
+from .goals import GROWTH_WITH_LABELS, GROWTH_WITH_LATENTS, GROWTH_WITH_PIXELS, OVERHEAD
 from .report import Goal
 from .run import Run
 from .timing import Contender, Figure, skipped
 
 PASSES = {False: "forward", True: "forward + backward"}
 LABELS = 19
+# Beside noise, which has benchmarks of its own.
+KINDS = [kind for kind in label_maps.makers() if kind != "random"]
 
 
 def make(
@@ -26,6 +29,11 @@ def make(
     labels = label_maps.makers()[kind](side, side, num_labels)
     sizes = replace(sizes, channels=run.choose(min(40, sizes.channels), sizes.channels))
     return feature_maps.problem(operator, labels, num_labels, sizes)
+
+
+def labels_of(kind: str) -> int:
+    """How many labels a kind of label map is made with."""
+    return label_maps.PHOTOGRAPHED_LABELS if kind.startswith("photograph") else LABELS
 
 
 def against_instance_norm(
@@ -51,21 +59,30 @@ def against_instance_norm(
 
 
 def against_dense(run: Run, operator: str, num_labels: int, kind: str, goals: Sequence[Goal]) -> None:
-    """A kind of label map, against the formulation with a mask, in both passes; making the plan is timed as well."""
+    """A kind of label map, against the formulations of PyTorch, in both passes; making the plan is timed as well."""
     problem = make(run, operator, 256, Sizes(), num_labels=num_labels, kind=kind)
     for backward, name in PASSES.items():
         entries = [
             problem.entry("ours", feature_maps.ours(problem), backward),
             problem.entry("ours + plan", feature_maps.ours(problem, plan_counted=True), backward),
             feature_maps.instance_norm(problem, backward),
+            problem.entry("loop", feature_maps.by_label(problem), backward),
         ]
         absent: list[Figure] = []
         needed = feature_maps.masked_bytes(problem)
-        if needed > feature_maps.MOST_MASKED_BYTES:
+        if needed > contenders.MOST_MASKED_BYTES:
             reason = f"mask, logits, masked logits and weights would take {needed / 1e9:.1f} GB"
-            absent.append(skipped("dense", problem.shape, reason))
+            absent += [skipped(name, problem.shape, reason) for name in ("dense", "autocast")]
         else:
             entries.append(problem.entry("dense", feature_maps.dense(problem), backward))
+            if timing.has_bfloat16():
+                entries.append(contenders.autocast(replace(entries[-1], name="autocast")))
+            else:
+                absent.append(skipped("autocast", problem.shape, "this processor has no bfloat16"))
+            if kind == "regions":
+                # It takes as long for any other map, and compiling takes longer than all the rest.
+                compiled = run.compile(feature_maps.dense(problem))
+                entries.append(problem.entry("compiled", compiled, backward))
         run.compare(
             entries,
             table=f"{operator} on label maps, {name}: 64 channels, 256 x 256, {Sizes().describe()}",
@@ -74,6 +91,23 @@ def against_dense(run: Run, operator: str, num_labels: int, kind: str, goals: Se
             absent=absent,
             seconds=1.0,
         )
+
+
+def threads(run: Run, operator: str, count: int) -> None:
+    """The largest shape with a number of threads."""
+    problem = make(run, operator, 256, Sizes())
+    with timing.threads(count):
+        for backward, name in PASSES.items():
+            run.compare(
+                [
+                    problem.entry("ours", feature_maps.ours(problem), backward),
+                    feature_maps.instance_norm(problem, backward),
+                    problem.entry("dense", feature_maps.dense(problem), backward),
+                ],
+                table=f"Threads, {operator}, {name}: 64 channels, 256 x 256, 19 labels, {Sizes().describe()}",
+                row=f"{count} thread{'s' * (count > 1)}",
+                seconds=1.5,
+            )
 
 
 def growth_with_labels(run: Run, operator: str, channels: int, side: int, backward: bool) -> None:
@@ -89,7 +123,7 @@ def growth_with_labels(run: Run, operator: str, channels: int, side: int, backwa
             ],
             table=f"{operator}, growth with labels (regions): {Sizes().describe()}",
             row=f"{channels} channels, {side} x {side}, {PASSES[backward]}{', plan counted' if counted else ''}",
-            goals=(Goal("151 labels", "3 labels", at_most=1.15),),
+            goals=GROWTH_WITH_LABELS,
             seconds=1.5,
         )
 
@@ -107,7 +141,7 @@ def growth_with_pixels(run: Run, operator: str, backward: bool) -> None:
         "plan counted",
         row=PASSES[backward],
         unit="ns",
-        goals=(Goal("1024 x 1024", "256 x 256", at_most=1.15),),
+        goals=GROWTH_WITH_PIXELS,
     )
 
 
@@ -121,7 +155,7 @@ def growth_with_latents(run: Run, operator: str, backward: bool) -> None:
         ],
         table=f"{operator}, growth with latents of a label: 64 channels, 256 x 256, 19 labels, NCHW, float32",
         row=PASSES[backward],
-        goals=(Goal("k = 32", "k = 4", at_most=8),),
+        goals=GROWTH_WITH_LATENTS,
         seconds=2.0,
     )
 
@@ -143,7 +177,7 @@ def overhead(run: Run, operator: str, with_gradients: bool) -> None:
         table=f"{operator}, overhead of a call: 8 channels, 4 x 4 pixels, 2 labels of 2 latents, forward",
         row="with gradients" if with_gradients else "without gradients",
         unit="us",
-        goals=(Goal("ours", "instance_norm", at_most=2),),
+        goals=OVERHEAD,
         seconds=1.0,
     )
 

@@ -32,6 +32,13 @@ class Goal:
     at_most: float | None = None
     at_least: float | None = None
 
+    @property
+    def wanted(self) -> str:
+        return f"<= {self.at_most:g}" if self.at_most is not None else f">= {self.at_least:g}"
+
+    def is_met(self, ratio: float) -> bool:
+        return ratio <= self.at_most if self.at_most is not None else ratio >= (self.at_least or 0)
+
     def describe(self, figures: Mapping[str, Figure]) -> str | None:
         """The goal beside what was measured, or None if it was not."""
         if self.numerator not in figures or self.denominator not in figures:
@@ -41,15 +48,11 @@ class Goal:
         if measured is None:
             return None
         value, lower, upper = measured
-        if self.at_most is not None:
-            wanted, met = f"<= {self.at_most:g}", value <= self.at_most
-        else:
-            wanted, met = f">= {self.at_least:g}", value >= (self.at_least or 0)
         spread = f"{value:.2f} ({lower:.2f} to {upper:.2f})"
-        verdict = "met" if met else "MISSED"
+        verdict = "met" if self.is_met(value) else "MISSED"
         if numerator.disturbed or denominator.disturbed:
             verdict = "undecided (*)"
-        return f"{self.numerator} / {self.denominator}: {spread}, goal {wanted}: {verdict}"
+        return f"{self.numerator} / {self.denominator}: {spread}, goal {self.wanted}: {verdict}"
 
 
 @dataclass(frozen=True)
@@ -123,13 +126,18 @@ def describe_machine(allocator: str) -> dict[str, str | float]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "device": _processor(),
         "cores": os.cpu_count() or 0,
-        "capability": cpu.CAPABILITIES[cpu.capability()] if cpu.why_not() is None else "none",
+        "capability": capability(),
         "torch": torch.__version__,
         "sca_kernels": sca_kernels.__version__,
         "commit": _commit(),
         "allocator": allocator,
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def capability() -> str:
+    """The instruction set that the kernels use."""
+    return cpu.CAPABILITIES[cpu.capability()] if cpu.why_not() is None else "none"
 
 
 def append(comparison: Comparison, machine: Mapping[str, str | float]) -> None:

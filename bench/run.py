@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from . import report, timing
+from .check import Guard
 from .report import Comparison, Goal
 from .timing import Contender, Figure, Pace
 
@@ -24,10 +25,12 @@ class Run:
         benchmark: the benchmark that is running; names its file of results.
         comparisons: those made so far, at full size.
         checked: number of results that were compared with a float64 one.
+        guard: what comparisons of times are held against instead of being recorded, if they are.
     """
 
-    def __init__(self, full: bool) -> None:
+    def __init__(self, full: bool, guard: Guard | None = None) -> None:
         self.full = full
+        self.guard = guard
         self.benchmark = ""
         self.comparisons: list[Comparison] = []
         self.checked = 0
@@ -57,9 +60,30 @@ class Run:
         """Checks the contenders and, at full size, times them for about ``seconds``, or at a given pace."""
         pace = Pace(seconds) if pace is None else pace
         tolerance = timing.TOLERANCE[dtype] if tolerance is None else tolerance
+        if self.guard is not None:
+            self._hold(self.guard, contenders, table, row, dtype, pace, tolerance)
+            return
         figures = timing.compare(contenders, tolerance, pace if self.full else None)
         figures = [*figures, *absent]
         self.record(figures, table=table, row=row, dtype=dtype, goals=goals, unit=unit)
+
+    def _hold(
+        self,
+        guard: Guard,
+        contenders: Sequence[Contender],
+        table: str,
+        row: str,
+        dtype: torch.dtype,
+        pace: Pace,
+        tolerance: float,
+    ) -> None:
+        name = str(dtype).removeprefix("torch.")
+        known = guard.known(self.benchmark, table, row, name, torch.get_num_threads())
+        if known is None:
+            return
+        wrong = guard.hold(known, lambda: timing.compare(contenders, tolerance, pace))
+        if wrong:
+            pytest.fail("; ".join(wrong))
 
     def record(
         self,
@@ -74,7 +98,7 @@ class Run:
     ) -> None:
         """Keeps figures, at full size, and fails the test if a contender's result was wrong."""
         self.checked += sum(figure.error is not None for figure in figures)
-        if self.full:
+        if self.full and self.guard is None:
             threads = torch.get_num_threads()
             comparison = Comparison(self.benchmark, table, row, figures, dtype, threads, unit, goals)
             self.comparisons.append(comparison)

@@ -39,7 +39,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 _MOST_ROUNDS = 25
 _MOST_CALLS_PER_TURN = 10
-_MOST_PREEMPTIONS = 100  # in a second; tens on a quiet machine, 250 when others compute
+MOST_PREEMPTIONS = 100  # in a second; tens on a quiet machine, 250 when others compute
 _SHORTEST_SAMPLE_SECONDS = 1e-3  # quicker calls are timed several at a time
 
 
@@ -55,6 +55,7 @@ class Contender:
         work: times are divided by it, to give the time of a pixel or another unit of time.
         restore: brings each tensor of the result into the order of ``expected``; never timed.
         joint: whether all tensors of the result are compared as one, so that small ones hardly count.
+        tolerance: of one that computes in another type than the others it is compared with.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Contender:
     work: float = 1.0
     restore: Callable[[Tensor], Tensor] = lambda tensor: tensor
     joint: bool = False
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Figure:
     @property
     def disturbed(self) -> bool:
         """Whether other processes wanted the cores, which makes threads wait for each other: no time to trust."""
-        return self.preemptions is not None and self.preemptions > _MOST_PREEMPTIONS
+        return self.preemptions is not None and self.preemptions > MOST_PREEMPTIONS
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,12 @@ class Pace:
     seconds: float = 4.0
     turn_seconds: float = 0.03
     fewest_rounds: int = 3
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor has instructions for products in bfloat16; without, autocast only makes things slower."""
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
 
 
 def skipped(name: str, shape: Mapping[str, int], reason: str) -> Figure:
@@ -144,11 +152,12 @@ def compare(contenders: Sequence[Contender], tolerance: float, pace: Pace | None
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
-    """|result - expected| / |expected|; infinite if shapes differ or something is not finite."""
+    """|result - expected| / |expected|, or |result| where zeros are expected; infinite if shapes differ or something is
+    not finite."""
     if result.shape != expected.shape:
         return math.inf
-    difference = torch.linalg.vector_norm(result.detach() - expected, dtype=torch.float64)
-    error = float(difference / torch.linalg.vector_norm(expected, dtype=torch.float64))
+    difference = float(torch.linalg.vector_norm(result.detach() - expected, dtype=torch.float64))
+    error = difference / (float(torch.linalg.vector_norm(expected, dtype=torch.float64)) or 1.0)
     return math.inf if math.isnan(error) else error
 
 
@@ -187,6 +196,7 @@ def _check(contender: Contender, tolerance: float) -> Figure:
     if contender.joint and all(tensor.shape == expected.shape for tensor, expected in pairs):
         pairs = [tuple(torch.cat([tensor.flatten() for tensor in tensors]) for tensors in zip(*pairs, strict=True))]
     error = max(relative_error(*pair) for pair in pairs)
+    tolerance = tolerance if contender.tolerance is None else contender.tolerance
     problem = "" if error <= tolerance else f"failed: relative error {error:.1e} > {tolerance:.0e}"
     return Figure(contender.name, contender.shape, problem=problem, error=error)
 

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sca_kernels
 from sca_kernels import LabelMap
 from scam_models import Encoder, Generator, Scam, load_published_state_dict
 from scam_models.published import encoder_configuration, generator_configuration, published_names
 
+from . import label_maps
 from .published import (
     NEGATIVE_SLOPE,
     SCAMGenerator,
@@ -25,9 +27,17 @@ from .published import (
     generator_arguments,
     mask_of_latents,
 )
+from .run import Run
 from .timing import Contender
 
 SEED = 3
+PASSES = {False: "inference", True: "training step"}
+# Of results and of gradients; in bfloat16, where the published networks are as far off, of all gradients together.
+TOLERANCE = {
+    torch.float64: {False: 1e-9, True: 1e-9},
+    torch.float32: {False: 5e-5, True: 0.1},
+    torch.bfloat16: {False: 0.1, True: 0.4},
+}
 Compiler = Callable[[nn.Module], Callable[..., Tensor]]
 SMALL_WIDTH = 8
 SMALL_ENCODER = {
@@ -75,6 +85,13 @@ class Sizes:
         height, width = self.height * 50 // 256, self.width * 50 // 256
         num_labels, batch = 3 + self.num_labels // 16, min(self.batch, 2)
         return replace(self, num_labels=num_labels, height=height, width=width, batch=batch, dtype=dtype, small=True)
+
+
+CONFIGURATIONS = {
+    "CelebAMask-HQ": Sizes("CelebAMask-HQ", 19),
+    "ADE20K": Sizes("ADE20K", 151),
+    "iDesigner": Sizes("iDesigner", 3, 256, 170),
+}
 
 
 def no_compiler(network: nn.Module) -> Callable[..., Tensor]:
@@ -191,6 +208,7 @@ class Problem:
         self.one_hot = mask_of_latents(self.labels, torch.arange(sizes.num_labels)).to(dtype)
         self.image = torch.rand((sizes.batch, 3, sizes.height, sizes.width), dtype=dtype) * 2 - 1
         self._starts: dict[torch.Size, Tensor] = {}
+        self._published_results: dict[bool, tuple[Tensor, ...]] = {}
 
     @property
     def shape(self) -> dict[str, int]:
@@ -209,10 +227,23 @@ class Problem:
     ) -> Contender:
         """The published networks."""
         run = compiled_by(self.published)
-        expected = self._expected[backward] if autocast else ()
+        expected = self._expected(backward) if autocast else ()
         return self._contender(
             name, lambda: (run(self.image, self.one_hot),), self._weights.values(), expected, backward, autocast
         )
+
+    def swapped(self, name: str, *, backward: bool) -> Contender:
+        """The published networks with our kernels swapped in, and with a mask that is new to them in every call."""
+        model = copy.deepcopy(self.published).train(backward)
+        report = sca_kernels.swap_in(model)
+        assert report.rows and not report.left_alone, str(report)
+        own = dict(model.named_parameters())
+
+        def reconstruct() -> tuple[Tensor, ...]:
+            return (model(self.image, self.one_hot.detach()),)
+
+        weights = [own[key] for key in self._weights]
+        return self._contender(name, reconstruct, weights, self._expected(backward), backward)
 
     def ours(
         self,
@@ -231,7 +262,7 @@ class Problem:
             return (run(self.image, LabelMap(self.labels, self.sizes.num_labels)),)
 
         weights = [own[names[key]] for key in self._weights]
-        return self._contender(name, reconstruct, weights, self._expected[backward], backward)
+        return self._contender(name, reconstruct, weights, self._expected(backward), backward)
 
     def convolutions(
         self, name: str, *, backward: bool, ours: bool, memory_format: torch.memory_format | None = None
@@ -244,7 +275,7 @@ class Problem:
         small_map = F.interpolate(self.one_hot, size=generator.sizes[0])
         if memory_format is not None:
             network = network.to(memory_format=memory_format)
-        expected = self._expected_convolutions[backward]
+        expected = self._expected_convolutions(backward)
         weights = list(network.parameters())
         return self._contender(name, lambda: network(self.image, small_map), weights, expected, backward)
 
@@ -300,16 +331,24 @@ class Problem:
             if not name.endswith("v_linear.bias")
         }
 
-    @cached_property
-    def _expected(self) -> dict[bool, tuple[Tensor, ...]]:
-        """Results and gradients of the published networks without autocast."""
-        return {
-            backward: self.as_published("exact", backward=backward, autocast=False).run() for backward in (False, True)
-        }
+    def _expected(self, backward: bool) -> tuple[Tensor, ...]:
+        """Results or gradients of the published networks without autocast."""
+        if backward not in self._published_results:
+            self._published_results[backward] = self.as_published("exact", backward=backward, autocast=False).run()
+        return self._published_results[backward]
 
-    @cached_property
-    def _expected_convolutions(self) -> dict[bool, tuple[Tensor, ...]]:
+    def _expected_convolutions(self, backward: bool) -> tuple[Tensor, ...]:
         network = PublishedConvolutions(self.published)
-        results = network(self.image, self.one_hot)
-        gradients = torch.autograd.grad(results, network.weights(), [self._start(result) for result in results])
-        return {False: tuple(result.detach() for result in results), True: gradients}
+        with torch.set_grad_enabled(backward):
+            results = network(self.image, self.one_hot)
+        if not backward:
+            return results
+        return torch.autograd.grad(results, network.weights(), [self._start(result) for result in results])
+
+
+def make_problems(run: Run, sizes: Sizes) -> tuple[Problem, Problem | None]:
+    """With a photograph's label map, and with one in which all labels occur."""
+    sizes = run.choose(sizes.reduced(), sizes)
+    if sizes.name == "iDesigner":
+        return Problem(sizes, label_maps.photograph), None
+    return Problem(sizes, label_maps.parts), Problem(sizes, label_maps.regions)

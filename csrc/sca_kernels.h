@@ -197,4 +197,29 @@ void sca_instance_modulate_backward(const sca_instance_modulate* call, const sca
                                     int32_t capability);
 void sca_label_plan_make(const sca_label_plan* call, int32_t capability);
 
+// The kernels for NVIDIA GPUs are a library of their own. Its functions take calls whose pointers are those of the
+// current device, with the number of its multiprocessors in the place of the threads, and enqueue kernels on a stream
+// of that device (a cudaStream_t). They wait for nothing, and return what went wrong with a launch, or null.
+int64_t sca_cuda_semantic_cross_attention_workspace(const sca_semantic_cross_attention* call);
+const char* sca_cuda_semantic_cross_attention_forward(const sca_semantic_cross_attention* call, void* stream);
+int64_t sca_cuda_semantic_cross_attention_backward_workspace(const sca_semantic_cross_attention* call);
+const char* sca_cuda_semantic_cross_attention_backward(const sca_semantic_cross_attention* call,
+                                                       const sca_semantic_cross_attention_gradients* gradients,
+                                                       void* stream);
+int64_t sca_cuda_semantic_pool_workspace(const sca_semantic_pool* call);
+const char* sca_cuda_semantic_pool_forward(const sca_semantic_pool* call, void* stream);
+int64_t sca_cuda_semantic_pool_backward_workspace(const sca_semantic_pool* call);
+const char* sca_cuda_semantic_pool_backward(const sca_semantic_pool* call, const sca_semantic_pool_gradients* gradients,
+                                            void* stream);
+int64_t sca_cuda_semantic_modulate_workspace(const sca_semantic_modulate* call);
+const char* sca_cuda_semantic_modulate_forward(const sca_semantic_modulate* call, void* stream);
+int64_t sca_cuda_semantic_modulate_backward_workspace(const sca_semantic_modulate* call);
+const char* sca_cuda_semantic_modulate_backward(const sca_semantic_modulate* call,
+                                                const sca_semantic_modulate_gradients* gradients, void* stream);
+int64_t sca_cuda_instance_modulate_workspace(const sca_instance_modulate* call);
+const char* sca_cuda_instance_modulate_forward(const sca_instance_modulate* call, void* stream);
+int64_t sca_cuda_instance_modulate_backward_workspace(const sca_instance_modulate* call);
+const char* sca_cuda_instance_modulate_backward(const sca_instance_modulate* call,
+                                                const sca_instance_modulate_gradients* gradients, void* stream);
+
 }  // extern "C"

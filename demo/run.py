@@ -24,7 +24,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sca_kernels import LabelMap, LatentLayout
-from scam_models import EncoderConfiguration, GeneratorConfiguration, Scam, ScamConfiguration, take_latents
+from scam_models import (
+    EncoderConfiguration,
+    GeneratorConfiguration,
+    Scam,
+    ScamConfiguration,
+    StrongestLatents,
+    take_latents,
+)
+from scam_models.pictures import label_picture, strongest_picture
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("astronaut", "grace_hopper")
@@ -59,14 +67,14 @@ class Results:
     Attributes:
         reconstructions: like the photographs.
         transfers: each subject before the other's background.
-        strongest: (2, size, size), the latent that each pixel attends to most.
+        strongest: the latent that each pixel attends to most.
         psnr: of each reconstruction, in dB.
         transfer_psnr: of each transfer, where the photographs show what is to be seen.
     """
 
     reconstructions: Tensor
     transfers: Tensor
-    strongest: Tensor
+    strongest: StrongestLatents
     psnr: Sequence[float]
     transfer_psnr: Sequence[float]
 
@@ -172,7 +180,7 @@ def apply(model: Scam, portraits: Portraits) -> Results:
     return Results(
         reconstructions,
         transfers,
-        model.strongest_latents(labels, latents).latent,
+        model.strongest_latents(labels, latents),
         psnr(reconstructions, photographs, torch.ones_like(is_shown)),
         psnr(transfers, target, is_shown),
     )
@@ -184,13 +192,6 @@ def psnr(images: Tensor, targets: Tensor, where: Tensor) -> list[float]:
     return [-10 * math.log10(error[mask].mean().item()) for error, mask in zip(errors, where, strict=True)]
 
 
-def latent_colours() -> np.ndarray:
-    """A colour for each latent: the hue of its label, a shade of its own."""
-    hues = ("Blues", "Oranges", "Greens")
-    shades = np.linspace(0.25, 1.0, LATENTS_PER_LABEL)[np.random.default_rng(0).permutation(LATENTS_PER_LABEL)]
-    return np.concatenate([matplotlib.colormaps[hue](shades)[:, :3] for hue in hues])
-
-
 def draw(portraits: Portraits, results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -198,16 +199,20 @@ def draw(portraits: Portraits, results: Results, path: Path) -> None:
     def shown(image: Tensor) -> np.ndarray:
         return ((image + 1) / 2).permute(1, 2, 0).numpy()
 
-    label_colours = np.array([[0.42, 0.55, 0.70], [0.95, 0.60, 0.25], [0.35, 0.62, 0.38]])
+    layout = LatentLayout.uniform(len(LABELS), LATENTS_PER_LABEL)
+    label_maps, strongest = (
+        label_picture(portraits.labels.labels, len(LABELS)),
+        strongest_picture(results.strongest, layout),
+    )
     rows = len(NAMES)
     figure, axes = plt.subplots(rows, 5, figsize=(12, 2.6 * rows), layout="constrained")
     for index, row in enumerate(axes):
         panels = {
             "photograph": shown(portraits.photographs[index]),
-            "label map": label_colours[portraits.labels.labels[index].numpy()],
+            "label map": shown(label_maps[index]),
             f"reconstruction, {results.psnr[index]:.1f} dB": shown(results.reconstructions[index]),
             "before the other's background": shown(results.transfers[index]),
-            "strongest latent of each pixel": latent_colours()[results.strongest[index].numpy()],
+            "strongest latent of each pixel": shown(strongest[index]),
         }
         for axis, (title, panel) in zip(row, panels.items(), strict=True):
             axis.imshow(panel)

@@ -1,9 +1,9 @@
 """Which backends exist, which one serves a call, and how to force one.
 
 A backend is a set of implementations of the operators. ``reference`` is plain PyTorch and runs everywhere; ``cpu`` is
-the compiled C++ library; ``triton`` are kernels for GPUs. The default for a call is looked up by operator and device;
-``with backend("reference"):`` or the environment variable ``SCA_BACKEND`` force one, and a forced backend that cannot
-serve a call is an error.
+the compiled C++ library; ``triton`` and ``cuda`` are kernels for GPUs. The default for a call is looked up by operator
+and device; ``with backend("reference"):`` or the environment variable ``SCA_BACKEND`` force one, and a forced backend
+that cannot serve a call is an error.
 """
 
 from __future__ import annotations
@@ -62,6 +62,12 @@ def _native_why_not() -> str | None:
     return cpu.why_not()
 
 
+def _cuda_why_not() -> str | None:
+    from . import cuda
+
+    return cuda.why_not()
+
+
 BACKENDS = {
     "reference": Backend(
         name="reference",
@@ -89,10 +95,18 @@ BACKENDS = {
         why_not=triton.why_not,
         dtypes=_FLOATS - {torch.float64},
     ),
+    "cuda": Backend(
+        name="cuda",
+        summary="compiled CUDA C++ kernels for NVIDIA GPUs; never run on a GPU yet",
+        devices=frozenset({"cuda"}),
+        operators=frozenset({"semantic_cross_attention", "semantic_pool", "semantic_modulate", "instance_modulate"}),
+        why_not=_cuda_why_not,
+        dtypes=_FLOATS - {torch.float64},
+    ),
 }
 
 # The default for an operator on a type of device: the first that can serve the call. Everything else gets "reference".
-# Nothing of "triton" has run on a GPU yet, so it is no default for anything until it has.
+# Nothing of "triton" and "cuda" has run on a GPU yet, so they are no default for anything until they have.
 _PREFERENCES: dict[tuple[str, str], tuple[str, ...]] = {
     ("label_plan", "cpu"): ("cpu",),
     ("semantic_cross_attention", "cpu"): ("cpu",),

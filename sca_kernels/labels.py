@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from .autocast import without_autocast
+from .label_files import read_label_values
 from .tracing import is_recording, is_tracing
 
 _MAX_PIXELS = 2**31 - 1  # a plan names pixels with 32 bit integers
@@ -162,6 +164,10 @@ class LabelMap:
         if mask.dim() == 3:
             mask = mask.unsqueeze(0)
         _check_num_labels(mask.shape[1])
+        if _wants_validation(validate, mask) and mask.numel():
+            labels = labels_of_one_hot(mask)
+            if is_one_hot(mask, labels):
+                return cls(labels, mask.shape[1])
         belongs = (mask != 0).to(torch.uint8)
         if _wants_validation(validate, mask) and mask.numel():
             most = int(belongs.sum(1, dtype=torch.int32).max())
@@ -189,31 +195,19 @@ class LabelMap:
             ImportError: if Pillow is not installed.
             ValueError: if a file has colours instead of labels, sizes differ, or a value is out of range.
         """
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise ImportError("LabelMap.from_png needs Pillow: pip install pillow") from error
         paths = [path] if isinstance(path, str | PathLike) else list(path)
         if not paths:
             raise ValueError("path: expected at least one file, got none")
         maps = []
         for name in paths:
-            with Image.open(name) as image:
-                if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-                    raise ValueError(
-                        f"path: expected an image of label values (grey or palette), got mode {image.mode} in {name}"
-                    )
-                width, height = image.size
-                # Pillow stretches grey values of 2 and 4 bits to the range of 8.
-                stretch = {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
-                if image.mode in ("L", "P"):
-                    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) // stretch
-                else:
-                    values = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
-                    if image.mode == "1":
-                        values = values.clamp(max=1)
             try:
-                maps.append(cls.from_labels(values.view(height, width), num_labels, ignore_index=ignore_index))
+                values = read_label_values(name)
+            except ImportError as error:
+                raise ImportError("LabelMap.from_png needs Pillow: pip install pillow") from error
+            except ValueError as error:
+                raise ValueError(f"path: {error} in {name}") from error
+            try:
+                maps.append(cls.from_labels(values, num_labels, ignore_index=ignore_index))
             except ValueError as error:
                 raise ValueError(f"{error} in {name}") from error
         return _collate(maps)
@@ -487,6 +481,27 @@ class LatentSelection:
     def labels(self, device: torch.device) -> Tensor:
         """The label of each row, int64 (B, m'); s for padding."""
         return _labels_of_rows(self.cu_latents, self.count).to(device)
+
+
+def labels_of_one_hot(mask: Tensor) -> Tensor:
+    """The labels of a mask of zeros and ones (B, s, H, W), several times faster than by looking for the largest.
+
+    Returns:
+        int32 labels (B, H, W), -1 where all planes are zero and anything below s where the mask is not one-hot, which
+        :func:`is_one_hot` tells.
+    """
+    exact = mask if mask.dtype in (torch.float32, torch.float64) else mask.float()
+    with without_autocast(mask.device):
+        numbers = torch.arange(mask.shape[1], dtype=exact.dtype, device=mask.device)
+        label = torch.matmul(numbers, exact.flatten(2)).nan_to_num(0.0).clamp(0, mask.shape[1] - 1).long()
+    label = label.view(mask.shape[0], 1, *mask.shape[2:])
+    is_one = mask.gather(1, label) == 1
+    return torch.where(is_one, label, -1).squeeze(1).to(torch.int32)
+
+
+def is_one_hot(mask: Tensor, labels: Tensor) -> bool:
+    """Whether a mask has ones where :func:`labels_of_one_hot` found them, and zeros everywhere else."""
+    return bool(mask.count_nonzero() == (labels >= 0).sum())
 
 
 def _labels_of_rows(cu_latents: Tensor, count: int) -> Tensor:

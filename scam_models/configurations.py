@@ -62,7 +62,7 @@ class EncoderConfiguration:
     choice: Choice = "auto"
 
     def __post_init__(self) -> None:
-        _check_positive(self, "latent_dim", "attention_dim", "num_blocks", "image_channels", "first_channels")
+        check_positive(self, "latent_dim", "attention_dim", "num_blocks", "image_channels", "first_channels")
         _check_heads(self, "num_cross_heads", "num_self_heads")
         _check_divisible_by_four("encoding_channels", self.encoding_channels)
         if self.pyramid:
@@ -144,7 +144,7 @@ class GeneratorConfiguration:
     choice: Choice = "auto"
 
     def __post_init__(self) -> None:
-        _check_positive(self, "height", "width", "latent_dim", "attention_dim", "image_channels")
+        check_positive(self, "height", "width", "latent_dim", "attention_dim", "image_channels")
         _check_heads(self, "num_heads")
         _check_divisible_by_four("last_channels", self.last_channels)
         _check_one_of("architecture", self.architecture, ("skip", "resnet", "none"))
@@ -311,7 +311,7 @@ def _published(layout: LatentLayout, height: int, width: int) -> ScamConfigurati
     )
 
 
-def _check_positive(configuration: object, *names: str) -> None:
+def check_positive(configuration: object, *names: str) -> None:
     for name in names:
         if getattr(configuration, name) < 1:
             raise ValueError(f"{name}: expected a positive number, got {getattr(configuration, name)}")

@@ -167,3 +167,9 @@ def check_labels(labels: LabelMap, num_labels: int, height: int, width: int) -> 
             f"labels: expected a label map of {height} x {width} pixels, got {labels.height} x {labels.width} "
             f"(use at({height}, {width}) to resize it)"
         )
+
+
+def one_hot_planes(labels: LabelMap, dtype: torch.dtype) -> Tensor:
+    """(B, labels, height, width): 1 where a pixel has the label, 0 elsewhere."""
+    every = torch.arange(labels.num_labels, dtype=labels.labels.dtype, device=labels.labels.device)
+    return (labels.labels.unsqueeze(1) == every[:, None, None]).to(dtype)

@@ -12,7 +12,7 @@ from sca_kernels import LabelMap
 from sca_kernels.nn import Convolution, SemanticModulation
 
 from .configurations import GeneratorConfiguration
-from .encoder import NEGATIVE_SLOPE, check_labels
+from .encoder import NEGATIVE_SLOPE, check_labels, one_hot_planes
 from .latents import LatentDistribution, Latents, check_latents
 
 
@@ -163,7 +163,8 @@ class Generator(nn.Module):
         latents = latents.reshape(len(latents), configuration.layout.count, configuration.latent_dim)
         if self.latent_encoding is not None:
             latents = latents + self.latent_encoding
-        x = self.first_convolution(self._planes(labels)).expand(len(latents), -1, -1, -1)
+        planes = one_hot_planes(labels.at(*configuration.sizes[0]), self.first_convolution.weight.dtype)
+        x = self.first_convolution(planes).expand(len(latents), -1, -1, -1)
         image = None
         for block in self.blocks:
             x, updated, image = block(x, labels, latents, image)
@@ -171,12 +172,6 @@ class Generator(nn.Module):
                 latents = updated
         assert image is not None
         return image.tanh()
-
-    def _planes(self, labels: LabelMap) -> Tensor:
-        """The one-hot label map at the lowest resolution, (B, labels, height, width)."""
-        small = labels.at(*self.configuration.sizes[0]).labels.unsqueeze(1)
-        every = torch.arange(labels.num_labels, dtype=small.dtype, device=small.device)
-        return (small == every[:, None, None]).to(self.first_convolution.weight.dtype)
 
 
 def _modulation(

@@ -97,6 +97,23 @@ def take_latents(layout: LatentLayout, base: Latents, others: Mapping[int, Laten
     )
 
 
+def between(begin: Latents, end: Latents, share: float) -> Latents:
+    """Latents on the straight line from ``begin`` to ``end``; of distributions, mean and logarithm of the variance.
+
+    Args:
+        begin, end: two tensors or two distributions of one shape.
+        share: of the way, 0 for ``begin`` and 1 for ``end``.
+
+    Example:
+        >>> between(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), 0.25)
+        tensor([[[0.2500, 0.2500]]])
+    """
+    if isinstance(begin, LatentDistribution) and isinstance(end, LatentDistribution):
+        return LatentDistribution(*(torch.lerp(one, other, share) for one, other in zip(begin, end, strict=True)))
+    assert isinstance(begin, Tensor) and isinstance(end, Tensor)
+    return torch.lerp(begin, end, share)
+
+
 def _take(layout: LatentLayout, base: Tensor, others: Mapping[int, Any]) -> Tensor:
     if base.dim() != 3 or base.shape[1] != layout.count:
         raise ValueError(f"base: expected shape (B, {layout.count}, D) to fit the layout, got {tuple(base.shape)}")

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sca_kernels import LabelMap
 
+from .attention import LatentAttention, StrongestLatents
+from .checkpoints import SavedModel, read_model, write_weights
 from .configurations import ScamConfiguration
 from .encoder import Encoder
+from .errors import InputError
 from .generator import Generator, GeneratorBlock
-from .latents import Latents, take_latents
-
-
-class StrongestLatents(NamedTuple):
-    """Which latent each pixel attends to most.
-
-    Attributes:
-        latent: (B, height, width) int64, its number, -1 for a pixel whose label has none.
-        weight: (B, height, width), how much it attends to it, from 0 to 1.
-
-    Example:
-        >>> strongest = StrongestLatents(torch.tensor([[[3, -1]]]), torch.tensor([[[0.5, 0.0]]]))
-        >>> int(strongest.latent.max())
-        3
-    """
-
-    latent: Tensor
-    weight: Tensor
+from .latents import Latents, between, take_latents
+from .serialisation import first_difference, from_values, to_values
 
 
 class Scam(nn.Module):
@@ -62,6 +49,51 @@ class Scam(nn.Module):
     def from_configuration(cls, configuration: ScamConfiguration) -> Scam:
         """A model with new weights."""
         return cls(Encoder(configuration.encoder), Generator(configuration.generator))
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, configuration: ScamConfiguration | None = None, *, averaged: bool = True
+    ) -> Scam:
+        """A trained model, in evaluation mode on the CPU.
+
+        Args:
+            path: a checkpoint of ``scam train``, or a file of :meth:`export`.
+            configuration: what it must be made of. Default: what the file says.
+            averaged: whether to take the averaged weights of a checkpoint, or those of its last step.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            InputError: if it is something else, or of another configuration.
+
+        Example:
+            >>> import tempfile
+            >>> from scam_models import tiny
+            >>> path = Path(tempfile.mkdtemp()) / "weights.safetensors"
+            >>> Scam.from_configuration(tiny()).export(path)
+            >>> Scam.from_checkpoint(path).configuration == tiny()
+            True
+        """
+        saved = read_model(path, averaged=averaged)
+        if configuration is not None:
+            difference = first_difference(saved.configuration["model"], to_values(configuration))
+            if difference is not None:
+                raise InputError(
+                    f"{path}: {difference}, what was asked for; leave configuration out to take the file's own"
+                )
+        model = cls.from_configuration(from_values(ScamConfiguration, saved.configuration["model"], str(path)))
+        model.load_state_dict(dict(saved.weights))
+        return model.eval()
+
+    def export(self, path: str | Path) -> None:
+        """Writes the weights as safetensors, with the configuration as metadata.
+
+        Args:
+            path: a file that ends with ".safetensors".
+
+        Raises:
+            InputError: if the name ends otherwise, or the file cannot be written.
+        """
+        write_weights(path, SavedModel({"model": to_values(self.configuration)}, self.state_dict()))
 
     def forward(self, image: Tensor, labels: LabelMap) -> Tensor:
         """The same as :meth:`reconstruct`."""
@@ -122,14 +154,86 @@ class Scam(nn.Module):
             >>> model.transfer_subject(one, labels, other, labels).shape
             torch.Size([2, 3, 64, 64])
         """
-        taken = self.encode(background_image, background_labels)
         backgrounds = (background,) if isinstance(background, int) else background
-        latents = take_latents(
-            self.encoder.configuration.layout,
-            self.encode(subject_image, subject_labels),
-            {label: taken for label in backgrounds},
-        )
-        return self.generate(subject_labels, latents)
+        source = (background_image, background_labels)
+        return self.transfer(subject_image, subject_labels, {label: source for label in backgrounds})
+
+    def transfer(self, image: Tensor, labels: LabelMap, sources: Mapping[int, tuple[Tensor, LabelMap]]) -> Tensor:
+        """Images that show some of their labels as other images show them.
+
+        The latents of each label in ``sources`` come from the image there, all others from ``image``; the label map is
+        ``labels``.
+
+        Args:
+            image: (B, image_channels, height, width), from -1 to 1, of the generator's size.
+            labels: of the same size.
+            sources: for each label that is taken from elsewhere B images of any size, and their label maps.
+
+        Returns:
+            like ``image``.
+
+        Example:
+            >>> from scam_models import tiny
+            >>> model = Scam.from_configuration(tiny())
+            >>> labels = LabelMap.from_labels(torch.randint(0, 3, (2, 64, 64)), num_labels=3)
+            >>> one, other = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+            >>> model.transfer(one, labels, {2: (other, labels)}).shape
+            torch.Size([2, 3, 64, 64])
+        """
+        # An image that several labels come from is encoded once.
+        distinct = {id(source): source for source in sources.values()}
+        encoded = {key: self.encode(*source) for key, source in distinct.items()}
+        others = {label: encoded[id(source)] for label, source in sources.items()}
+        latents = take_latents(self.encoder.configuration.layout, self.encode(image, labels), others)
+        return self.generate(labels, latents)
+
+    def interpolate(
+        self,
+        image: Tensor,
+        labels: LabelMap,
+        other_image: Tensor,
+        other_labels: LabelMap,
+        *,
+        steps: int = 7,
+        only: Iterable[int] | None = None,
+    ) -> Tensor:
+        """What lies between an image and the same with the latents of another one.
+
+        The latents go from those of ``image`` to those of ``other_image`` on a straight line; the label map is always
+        ``labels``. All have the same noise.
+
+        Args:
+            image: (1, image_channels, height, width), from -1 to 1, of the generator's size.
+            labels: of the same size.
+            other_image, other_labels: of any size.
+            steps: number of images, the first and the last included, at least 2.
+            only: the labels whose latents change. Default: all.
+
+        Returns:
+            (steps, image_channels, height, width).
+
+        Raises:
+            ValueError: if ``steps`` is less than 2 or a label is out of range.
+
+        Example:
+            >>> from scam_models import tiny
+            >>> model = Scam.from_configuration(tiny())
+            >>> labels = LabelMap.from_labels(torch.randint(0, 3, (1, 64, 64)), num_labels=3)
+            >>> one, other = torch.rand(2, 1, 3, 64, 64) * 2 - 1
+            >>> model.interpolate(one, labels, other, labels, steps=3).shape
+            torch.Size([3, 3, 64, 64])
+        """
+        if steps < 2:
+            raise ValueError(f"steps: expected at least 2, got {steps}")
+        begin, end = self.encode(image, labels), self.encode(other_image, other_labels)
+        if only is not None:
+            end = take_latents(self.encoder.configuration.layout, begin, dict.fromkeys(only, end))
+        devices = [image.device] if image.device.type == "cuda" else []
+        frames = []
+        for step in range(steps):
+            with torch.random.fork_rng(devices):  # each draws its noise from the same state
+                frames.append(self.generate(labels, between(begin, end, step / (steps - 1))))
+        return torch.cat(frames)
 
     @torch.no_grad()
     def strongest_latents(self, labels: LabelMap, latents: Latents) -> StrongestLatents:
@@ -151,6 +255,28 @@ class Scam(nn.Module):
             >>> bool((strongest.latent >= 8).all())  # the latents of label 2 are the last four
             True
         """
+        return self.attention(labels, latents).strongest()
+
+    @torch.no_grad()
+    def attention(self, labels: LabelMap, latents: Latents) -> LatentAttention:
+        """How much each pixel attends to each latent of its label, in the last modulation.
+
+        Weights are the mean over heads, see :func:`sca_kernels.folding.attention_weights`.
+
+        Args:
+            labels, latents: as given to the generator.
+
+        Returns:
+            a :class:`LatentAttention`, of the generator's size.
+
+        Example:
+            >>> from scam_models import tiny
+            >>> model = Scam.from_configuration(tiny())
+            >>> labels = LabelMap.from_labels(torch.full((1, 64, 64), 2), num_labels=3)
+            >>> attention = model.attention(labels, torch.randn(1, 12, 32))
+            >>> bool((attention.weights.sum(1) - 1).abs().max() < 1e-5)
+            True
+        """
         block = self.generator.blocks[-1]
         assert isinstance(block, GeneratorBlock)
         weights: list[Tensor] = []
@@ -164,8 +290,6 @@ class Scam(nn.Module):
             self.generator(labels, latents)
         finally:
             handle.remove()
-        weight, place = weights[0].mean(1).max(1)
         layout = self.generator.configuration.layout
-        label = labels.labels.long().expand(len(place), -1, -1)
-        begin = layout.offsets(label.device)[label.clamp(0, layout.num_labels - 1)]
-        return StrongestLatents(torch.where(weight > 0, begin + place, -1), weight)
+        label = labels.labels.long().expand(len(weights[0]), -1, -1)
+        return LatentAttention(layout.offsets(label.device)[label.clamp(0, layout.num_labels - 1)], weights[0].mean(1))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import emulation
 import hypothesis
 import pytest
 import torch
 
-from sca_kernels import cpu, triton
+from sca_kernels import cpu, cuda, triton
 from sca_kernels.triton import launch
 
 # The same few examples every time, so that a failure is there again on the next run and on the next machine.
@@ -84,6 +85,31 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         from interpreter import between_canaries
 
         monkeypatch.setattr(launch, "_run", between_canaries(launch._run))
+
+
+@pytest.fixture(params=emulation.ORDERS)
+def cuda_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test on kernels in CUDA C++ by the host, in each order; on a GPU, if there is one, once."""
+    order = str(request.param)
+    if cuda.why_not() is None:
+        if order != "256 threads":
+            pytest.skip("on a GPU the threads of a block are 256, in any order")
+        return order
+    if emulation.library() is None:
+        pytest.skip("the kernels for GPUs were not built for the host")
+    emulation.serve(monkeypatch)
+    emulation.emulate(order)
+    return order
+
+
+@pytest.fixture
+def cuda_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like ``cuda_order``, with the threads that there are on a GPU, backwards."""
+    if cuda.why_not() is not None:
+        if emulation.library() is None:
+            pytest.skip("the kernels for GPUs were not built for the host")
+        emulation.serve(monkeypatch)
+        emulation.emulate("256 threads, backwards")
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sca_kernels import triton
+from sca_kernels import cuda, triton
 
 
 def device_of(backend: str) -> torch.device:
-    """The CPU for all but Triton's kernels where they are not interpreted."""
-    return torch.device("cuda" if backend == "triton" and not triton.INTERPRETED else "cpu")
+    """The CPU, except for kernels for GPUs that are neither interpreted nor emulated."""
+    on_a_gpu = {"triton": not triton.INTERPRETED, "cuda": cuda.why_not() is None}
+    return torch.device("cuda" if on_a_gpu.get(backend) else "cpu")
 
 
 def on_device(values: Any, device: torch.device) -> Any:

@@ -27,7 +27,7 @@ for name in {blocked}:
 warnings.simplefilter("error")
 
 begin = time.perf_counter()
-import sca_kernels
+import {package}
 seconds = time.perf_counter() - begin
 
 added = sorted(name for name in set(sys.modules) - before if sys.modules[name] is not None)
@@ -35,9 +35,9 @@ print(json.dumps({{"seconds": seconds, "torch_seconds": torch_seconds, "added": 
 """
 
 
-def measure(blocked: tuple[str, ...] = ()) -> tuple[float, float, list[str]]:
+def measure(blocked: tuple[str, ...] = (), package: str = "sca_kernels") -> tuple[float, float, list[str]]:
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE.format(blocked=blocked)],
+        [sys.executable, "-c", MEASURE.format(blocked=blocked, package=package)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -54,15 +54,22 @@ def test_import_brings_nothing_but_itself_and_is_quick() -> None:
     packages = {name.partition(".")[0] for name in added} - set(sys.stdlib_module_names)
     assert packages <= {"sca_kernels", "torch"}
     assert not [name for name in added if name.startswith(("torch._dynamo", "torch._inductor"))]
+    assert not [name for name in added if name.startswith(("sca_kernels.nn", "sca_kernels.interop"))]
     # Some 15 milliseconds against a second; the ratio does not depend on what else the machine does.
     assert seconds < 0.25 * torch_seconds
 
 
+OPTIONAL = (
+    *("triton", "PIL", "matplotlib", "numpy", "tqdm", "skimage"),
+    *("lightning", "safetensors", "tensorboard", "torchmetrics", "typer", "rich"),
+)
+
+
 @pytest.mark.subprocess
-def test_import_needs_no_optional_package() -> None:
-    optional = ("triton", "PIL", "matplotlib", "numpy", "tqdm", "skimage")
-    _, _, added = measure(blocked=optional)
-    assert "sca_kernels" in added
+@pytest.mark.parametrize("package", ["sca_kernels", "scam_models"])
+def test_import_needs_no_optional_package(package: str) -> None:
+    _, _, added = measure(blocked=OPTIONAL, package=package)
+    assert package in added
 
 
 def test_public_names() -> None:

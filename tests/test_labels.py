@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import gc
 import io
+import math
 import pickle
 import re
 import struct
@@ -26,7 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from sca_kernels import LabelMap, LatentLayout
-from sca_kernels.labels import LabelPlan, tile_size
+from sca_kernels.labels import LabelPlan, is_one_hot, labels_of_one_hot, tile_size
 from sca_kernels.reference.label_plan import label_plan
 
 CPU = torch.device("cpu")
@@ -742,3 +743,16 @@ class TestLatentLayout:
         with torch.inference_mode():
             getattr(layout, name)(CPU)
         assert not getattr(layout, name)(CPU).is_inference()
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0, -1.0, 1e-30, math.nan, math.inf])
+def test_a_mask_that_is_almost_one_hot(value):
+    labels = torch.randint(-1, 5, (2, 7, 9))
+    mask = (labels.unsqueeze(1) == torch.arange(5)[:, None, None]).double()
+    found = labels_of_one_hot(mask)
+    assert torch.equal(found, labels.int()) and is_one_hot(mask, found)
+    for plane in range(5):
+        changed = mask.clone()
+        changed[1, plane, 3, 4] = value
+        found = labels_of_one_hot(changed)
+        assert not is_one_hot(changed, found) and found.min() >= -1 and found.max() < 5

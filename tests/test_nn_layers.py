@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sca_kernels import LabelMap, LatentLayout
 from sca_kernels.folding import FoldingChoice, attention_weights
 from sca_kernels.nn import AttentionLayers, Convolution, Linear, MapEncoder, SemanticModulation, sinusoidal_encoding
+from sca_kernels.nn.layers import project_pixels
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -117,9 +118,9 @@ def test_linear_layer_of_pixels(bias):
     layer = randomised(Linear(5, 3, bias, equalised=True, lr_mul=0.5))
     x = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
     expected = layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    assert_agree([layer.per_pixel(x)], [expected], [x, *layer.parameters()])
+    assert_agree([project_pixels(x, layer.projection)], [expected], [x, *layer.parameters()])
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer.float().per_pixel(x.float()).dtype == torch.float32
+        assert project_pixels(x.float(), layer.float().projection).dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])

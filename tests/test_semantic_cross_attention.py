@@ -32,8 +32,8 @@ from tokens import (
 from torch import Tensor
 
 import sca_kernels
-from sca_kernels import LabelMap, LatentLayout, semantic_cross_attention
-from sca_kernels.cpu import semantic_cross_attention as native_semantic_cross_attention
+from sca_kernels import LabelMap, LatentLayout, cpu, semantic_cross_attention
+from sca_kernels.c_interface import semantic_cross_attention as calls
 from sca_kernels.outputs import empty_attention_outputs
 
 EMPTY = ("uniform", "zero")
@@ -588,7 +588,7 @@ def workspace_size(heads: int, query_tokens: Tokens, key_tokens: Tokens, width: 
             groupings += [tensor(places, dtype=torch.int64), None]
     most = [0 if isinstance(tokens, LabelMap) else tokens.max_per_label for tokens in (query_tokens, key_tokens)]
     lse = tensor(1, heads, queries)
-    call = native_semantic_cross_attention._call(query, key, key, None, query, lse, *groupings, *most, 1.0, "uniform")
+    call = calls._call(cpu, query, key, key, None, query, lse, *groupings, *most, 1.0, "uniform")
     return call.workspace_size()
 
 

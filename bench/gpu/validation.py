@@ -28,6 +28,9 @@ gfx942 (`make compile-gpu`), which checks registers, spills, shared memory and t
 matrix units. Neither says anything of speed, and the interpreter says nothing of what the compiler makes.
 `python -m bench.gpu.traffic` counts the bytes that the kernels must move, which the shares of the bandwidth of a copy
 below refer to. `label_plan` is made of PyTorch's own kernels, and only tested.
+
+The kernels in CUDA C++, the backend `cuda`, have never run on a GPU. `make test` runs their bodies on the host, thread
+after thread, and `docs/cuda-kernels.md` lists what they compile to.
 """
 
 

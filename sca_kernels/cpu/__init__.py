@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -15,8 +16,6 @@ CAPABILITIES = ("baseline", "avx2", "avx512")  # instruction sets, weakest first
 
 # From this size on the C library gives every tensor fresh memory and returns it to the system afterwards.
 _FRESH_BYTES = 32 << 20
-
-_SCALAR_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 # Below this many multiply-adds a second thread costs more than it saves.
 _WORK_PER_THREAD = 1 << 17
@@ -86,15 +85,25 @@ def set_capability(name: str) -> None:
     _capability = CAPABILITIES.index(name)
 
 
-def scalar_type(dtype: torch.dtype) -> int:
-    """The number of a type in the C interface."""
-    return _SCALAR_TYPES[dtype]
-
-
 def thread_count(work: int) -> int:
     """Threads for a call of so many multiply-adds: at most PyTorch's, one if there is little to do."""
     threads = torch.get_num_threads()
     return threads if work >= threads * _WORK_PER_THREAD else 1
+
+
+def kernels() -> Any:
+    """The compiled module."""
+    return native
+
+
+def settings(device: torch.device, work: int) -> tuple[int, int]:
+    """The instruction set, and the threads for a call of so many multiply-adds."""
+    return _capability, thread_count(work)
+
+
+def run(method: Callable[..., None], device: torch.device, *arguments: Any) -> None:
+    """Runs a kernel."""
+    method(*arguments)
 
 
 def prepare_result(tensor: Tensor) -> Tensor:

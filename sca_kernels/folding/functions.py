@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..labels import LabelMap, LatentLayout
-from ..ops.arguments import check_empty, check_feature_map, without_autocast
+from ..ops.arguments import check_empty, check_feature_map
 from ..ops.instance_modulate import instance_modulate
 from ..ops.semantic_modulate import semantic_modulate
 from .cache import FoldingCache

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..folding import (
+    AttentionProjections,
     Choice,
+    FoldingCache,
     SeparableEncoding,
     latents_attend_to_latents,
     latents_attend_to_pixels,
@@ -84,6 +87,64 @@ class SemanticCrossAttention(nn.Module):
         )
 
 
+class TransformerLayers(NamedTuple):
+    """What a block of SAT is made of.
+
+    Attributes:
+        attention: its projections.
+        norm_1, norm_2: over all latents of an image together.
+        mlp: (B, m, D) to (B, m, D).
+        cache: remembers products of weights.
+    """
+
+    attention: AttentionProjections
+    norm_1: nn.LayerNorm
+    mlp: Callable[[Tensor], Tensor]
+    norm_2: nn.LayerNorm
+    cache: FoldingCache | None = None
+
+    def update(self, latents: Tensor, attended: Tensor) -> Tensor:
+        """The new latents, from what the attention returned for each."""
+        rows = _layer_norm(self.norm_1, attended + latents)
+        rows = _layer_norm(self.norm_2, self.mlp(rows) + rows)
+        return _latents_like(rows, latents, self.norm_2.weight)
+
+
+def update_by_pixels(
+    latents: Tensor,
+    x: Tensor,
+    layout: LatentLayout,
+    labels: LabelMap,
+    layers: TransformerLayers,
+    *,
+    encoding: SeparableEncoding | None,
+    empty: Empty = "uniform",
+    choice: Choice = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A block of SAT in which the latents attend to pixels.
+
+    Returns:
+        the new latents, and the mean and the biased variance (B, C) of the features where they came along.
+    """
+    attended, mean, variance = latents_attend_to_pixels(
+        latents,
+        x,
+        layout,
+        labels,
+        layers.attention,
+        encoding=encoding,
+        empty=empty,
+        choice=choice,
+        cache=layers.cache,
+    )
+    return layers.update(latents, attended), mean, variance
+
+
+def update_by_latents(latents: Tensor, layout: LatentLayout, layers: TransformerLayers) -> Tensor:
+    """A block of SAT in which the latents attend to each other."""
+    return layers.update(latents, latents_attend_to_latents(latents, layout, layers.attention))
+
+
 class SemanticAttentionTransformer(nn.Module):
     """A block of SAT: the latents attend to pixels of their label, or to each other, and pass a small network.
 
@@ -155,28 +216,28 @@ class SemanticAttentionTransformer(nn.Module):
         self, latents: Tensor, x: Tensor | None = None, labels: LabelMap | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The new latents, and the mean and the biased variance (B, C) of the features where they came along."""
-        mean = variance = None
         if self.channels is None:
             if x is not None or labels is not None:
                 raise ValueError("x, labels: expected None, since these latents attend to each other")
-            attended = latents_attend_to_latents(latents, self.layout, self.attention.projections)
-        else:
-            if x is None or labels is None:
-                raise ValueError("x, labels: expected features and their labels, got None")
-            attended, mean, variance = latents_attend_to_pixels(
-                latents,
-                x,
-                self.layout,
-                labels,
-                self.attention.projections,
-                encoding=self._encoding(x),
-                empty=self.empty,
-                choice=self.choice,
-                cache=self.attention.cache,
-            )
-        rows = _layer_norm(self.norm_1, attended + latents)
-        rows = _layer_norm(self.norm_2, self.mlp(rows) + rows)
-        return _latents_like(rows, latents, self.norm_2.weight), mean, variance
+            return update_by_latents(latents, self.layout, self.layers), None, None
+        if x is None or labels is None:
+            raise ValueError("x, labels: expected features and their labels, got None")
+        return update_by_pixels(
+            latents,
+            x,
+            self.layout,
+            labels,
+            self.layers,
+            encoding=self._encoding(x),
+            empty=self.empty,
+            choice=self.choice,
+        )
+
+    @property
+    def layers(self) -> TransformerLayers:
+        return TransformerLayers(
+            self.attention.projections, self.norm_1, self.mlp, self.norm_2, cache=self.attention.cache
+        )
 
     def _encoding(self, x: Tensor) -> SeparableEncoding | None:
         if self.encoding_channels is None:

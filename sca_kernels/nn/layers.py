@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autocast import without_autocast
 from ..folding import AttentionProjections, FoldingCache, Projection
 from ..folding.layers import times
-from ..ops.arguments import without_autocast
 
 NEGATIVE_SLOPE = 0.2
 
@@ -54,22 +54,27 @@ class Linear(nn.Linear):
         return Projection(self.weight, self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        projection = self.projection
-        if torch.is_autocast_enabled(input.device.type):
-            return F.linear(input, projection.weight * projection.weight_scale, projection.scaled_bias)
-        # Latents may come in float32 from an attention whose weights are in 16 bits.
-        dtype = torch.promote_types(input.dtype, projection.weight.dtype)
-        return projection.to(dtype).apply(input.to(dtype))
-
-    def per_pixel(self, x: Tensor) -> Tensor:
-        """(B, in, height, width) to (B, out, height, width), in the type and memory order of ``x``."""
-        projection = self.projection.to(x.dtype)
-        weight = times(projection.weight, projection.weight_scale)
-        with without_autocast(x.device):
-            return F.conv2d(x, weight[:, :, None, None], projection.scaled_bias)
+        return project_rows(input, self.projection)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", equalised, lr_mul={self.lr_mul}" if self.equalised else "")
+
+
+def project_rows(rows: Tensor, projection: Projection) -> Tensor:
+    """(..., in) to (..., out), under autocast in its type."""
+    if torch.is_autocast_enabled(rows.device.type):
+        return F.linear(rows, projection.weight * projection.weight_scale, projection.scaled_bias)
+    # Latents may come in float32 from an attention whose weights are in 16 bits.
+    dtype = torch.promote_types(rows.dtype, projection.weight.dtype)
+    return projection.to(dtype).apply(rows.to(dtype))
+
+
+def project_pixels(x: Tensor, projection: Projection) -> Tensor:
+    """(B, in, height, width) to (B, out, height, width), in the type and memory order of ``x``."""
+    projection = projection.to(x.dtype)
+    weight = times(projection.weight, projection.weight_scale)
+    with without_autocast(x.device):
+        return F.conv2d(x, weight[:, :, None, None], projection.scaled_bias)
 
 
 class Convolution(nn.Conv2d):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,23 +61,39 @@ class MapEncoder(nn.Module):
         """A label map to gamma and beta (B, C, height, width), in the given memory order."""
         if labels.num_labels != self.layout.num_labels:
             raise ValueError(f"labels: expected {self.layout.num_labels} labels, got {labels.num_labels}")
-        hidden = F.relu(self._look_up(labels)).contiguous(memory_format=memory_format)
-        return self.gamma(hidden), self.beta(hidden)
+        return encode_map(
+            labels, self.layout, *self.shared.effective_parameters(), self.gamma, self.beta, memory_format=memory_format
+        )
 
-    def _look_up(self, labels: LabelMap) -> Tensor:
-        weight, bias = self.shared.effective_parameters()
-        hidden_channels, _, size, _ = weight.shape
-        count, taps = labels.num_labels, size * size
-        of_labels = weight.new_zeros(hidden_channels, count, size, size)
-        of_labels = of_labels.index_add(1, self.layout.labels(weight.device), weight)
-        # One label more, all zeros: that of the pixels without one, and of those beyond the border.
-        table = F.pad(of_labels.permute(1, 2, 3, 0).flatten(1), (0, 0, 0, 1)).view(-1, hidden_channels)
 
-        known = (labels.labels >= 0) & (labels.labels < count)
-        labels_around = F.pad(torch.where(known, labels.labels, count), (size // 2,) * 4, value=count)
-        rows = (labels_around * taps).unfold(1, size, 1).unfold(2, size, 1).flatten(0, 2).flatten(1)
-        rows = rows + torch.arange(taps, dtype=rows.dtype, device=rows.device)
-        sums = F.embedding_bag(rows, table, mode="sum")
-        if bias is not None:
-            sums = sums + bias
-        return sums.view(labels.batch, labels.height, labels.width, hidden_channels).permute(0, 3, 1, 2)
+def encode_map(
+    labels: LabelMap,
+    layout: LatentLayout,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Callable[[Tensor], Tensor],
+    beta: Callable[[Tensor], Tensor],
+    *,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> tuple[Tensor, Tensor]:
+    """Gamma and beta (B, C, height, width), from the first convolution's parameters and the two others."""
+    hidden = F.relu(_convolve_labels(labels, layout, weight, bias)).contiguous(memory_format=memory_format)
+    return gamma(hidden), beta(hidden)
+
+
+def _convolve_labels(labels: LabelMap, layout: LatentLayout, weight: Tensor, bias: Tensor | None) -> Tensor:
+    hidden_channels, _, size, _ = weight.shape
+    count, taps = labels.num_labels, size * size
+    of_labels = weight.new_zeros(hidden_channels, count, size, size)
+    of_labels = of_labels.index_add(1, layout.labels(weight.device), weight)
+    # One label more, all zeros: that of the pixels without one, and of those beyond the border.
+    table = F.pad(of_labels.permute(1, 2, 3, 0).flatten(1), (0, 0, 0, 1)).view(-1, hidden_channels)
+
+    known = (labels.labels >= 0) & (labels.labels < count)
+    labels_around = F.pad(torch.where(known, labels.labels, count), (size // 2,) * 4, value=count)
+    rows = (labels_around * taps).unfold(1, size, 1).unfold(2, size, 1).flatten(0, 2).flatten(1)
+    rows = rows + torch.arange(taps, dtype=rows.dtype, device=rows.device)
+    sums = F.embedding_bag(rows, table, mode="sum")
+    if bias is not None:
+        sums = sums + bias
+    return sums.view(labels.batch, labels.height, labels.width, hidden_channels).permute(0, 3, 1, 2)

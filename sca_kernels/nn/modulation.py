@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..folding import Choice, attention_weights, modulate_by_latents, pixels_attend_to_latents
+from ..folding import (
+    AttentionProjections,
+    Choice,
+    FoldingCache,
+    Projection,
+    attention_weights,
+    modulate_by_latents,
+    pixels_attend_to_latents,
+)
 from ..folding.calls import Empty
 from ..labels import LabelMap, LatentLayout
 from ..ops.instance_modulate import instance_modulate
-from .attention import SemanticAttentionTransformer
+from .attention import SemanticAttentionTransformer, TransformerLayers, update_by_pixels
 from .encoding import encoding_of
-from .layers import NEGATIVE_SLOPE, AttentionLayers, Linear
+from .layers import NEGATIVE_SLOPE, AttentionLayers, Linear, project_pixels
 from .map_encoder import MapEncoder
+
+Normalisation = Literal["instance", "layer", "batch"]
 
 
 class SemanticModulation(nn.Module):
@@ -73,7 +85,7 @@ class SemanticModulation(nn.Module):
         num_heads: int = 1,
         *,
         duplex: bool = True,
-        normalisation: Literal["instance", "layer", "batch"] = "instance",
+        normalisation: Normalisation = "instance",
         noise: bool = True,
         modulate: bool = True,
         map_encoder: bool = False,
@@ -127,40 +139,31 @@ class SemanticModulation(nn.Module):
         Returns:
             the features, like x, and the updated latents (B, m, D).
         """
-        mean = variance = None
-        if isinstance(self.latent_update, SemanticAttentionTransformer):
-            latents, mean, variance = self.latent_update.with_moments(latents, x, labels)
-        else:
-            latents = self.latent_update(latents)
-        table_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        settings: dict[str, Any] = {
-            "stats": self._statistics(x, mean, variance, table_dtype),
-            "eps": self.eps,
-            "negative_slope": self.negative_slope,
-        }
-        if self.noise_strength is not None:
-            settings["noise"] = _draw_noise(x, table_dtype) if noise is None else noise
-            settings["noise_strength"] = self.noise_strength.to(table_dtype) * self.lr_mul
-        if not self.modulate:
-            return instance_modulate(x, **settings), latents
+        return modulate(x, labels, latents, self.layers, noise=noise)
+
+    @property
+    def layers(self) -> ModulationLayers:
+        update, blend = self.latent_update, None
         if self.map_encoder is not None:
-            gamma, beta = self._blend(self.map_encoder, x, labels, latents)
-            return instance_modulate(x, gamma, beta, **settings), latents
-        out = modulate_by_latents(
-            x,
-            latents,
-            self.layout,
-            labels,
-            self.attention.projections,
-            self.gamma.projection,
-            self.beta.projection,
-            encoding=encoding_of(x, x.shape[1]),
+            blend = MapBlend(self.map_encoder, self.gamma_blend, self.beta_blend)
+        return ModulationLayers(
+            layout=self.layout,
+            latent_update=update.layers if isinstance(update, SemanticAttentionTransformer) else update,
+            attention=self.attention.projections,
+            gamma=self.gamma.projection,
+            beta=self.beta.projection,
+            normalisation=self.normalisation,
+            batch_norm=self.batch_norm,
+            noise_strength=self.noise_strength,
+            modulate=self.modulate,
+            blend=blend,
+            lr_mul=self.lr_mul,
+            eps=self.eps,
+            negative_slope=self.negative_slope,
             empty=self.empty,
             choice=self.choice,
             cache=self.attention.cache,
-            **settings,
         )
-        return out, latents
 
     def attention_weights(self, x: Tensor, labels: LabelMap, latents: Tensor) -> Tensor:
         """How much each pixel attends to each latent of its label, see :func:`sca_kernels.folding.attention_weights`.
@@ -176,49 +179,144 @@ class SemanticModulation(nn.Module):
             x, latents, self.layout, labels, self.attention.projections, encoding=encoding_of(x, x.shape[1])
         )
 
-    def _blend(self, encoder: MapEncoder, x: Tensor, labels: LabelMap, latents: Tensor) -> list[Tensor]:
-        """Gamma and beta of every pixel (B, C, height, width)."""
-        labels = labels.at(*x.shape[2:])
-        attended = pixels_attend_to_latents(
-            x,
-            latents,
-            self.layout,
-            labels,
-            self.attention.projections,
-            encoding=encoding_of(x, x.shape[1]),
-            empty=self.empty,
-            choice=self.choice,
-            cache=self.attention.cache,
-        )
-        is_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
-        blended = []
-        layers, blends = (self.gamma, self.beta), (self.gamma_blend, self.beta_blend)
-        for layer, blend, of_map in zip(layers, blends, encoder(labels, memory_format=memory_format), strict=True):
-            share = (blend * self.lr_mul).sigmoid().to(x.dtype)
-            blended.append(torch.lerp(of_map.to(x.dtype).expand_as(x), layer.per_pixel(attended), share))
-        return blended
 
-    def _statistics(
-        self, x: Tensor, mean: Tensor | None, variance: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor] | None:
-        """Mean and 1 / standard deviation, each broadcastable to (B, C); None leaves them to the kernel."""
-        norm = self.batch_norm
-        if norm is not None and not norm.training:
-            assert norm.running_mean is not None and norm.running_var is not None
-            return norm.running_mean.to(dtype), (norm.running_var.to(dtype) + norm.eps).rsqrt()
-        if mean is None or variance is None:
-            if self.normalisation == "instance":
-                return None
-            variance, mean = torch.var_mean(x.to(dtype), (2, 3), correction=0)
-        if self.normalisation != "instance":
-            over = (0,) if norm is not None else (1,)
-            total = mean.mean(over, keepdim=True)
-            variance = (variance + (mean - total).square()).mean(over, keepdim=True)
-            mean = total
-        if norm is not None:
-            _update_running(norm, mean.squeeze(0), variance.squeeze(0), x.numel() // x.shape[1])
-        return mean, (variance + self.eps).rsqrt()
+class MapBlend(NamedTuple):
+    """Gamma and beta of the label map, and how far they are used.
+
+    Attributes:
+        encoder: from a label map at the features' resolution, and a ``memory_format``, to gamma and beta of each pixel.
+        gamma, beta: learned numbers.
+    """
+
+    encoder: Callable[..., tuple[Tensor, Tensor]]
+    gamma: Tensor
+    beta: Tensor
+
+
+@dataclass(frozen=True)
+class ModulationLayers:
+    """What a modulation is made of, see :class:`SemanticModulation`.
+
+    Attributes:
+        latent_update: duplex: of the block of SAT; simplex: (B, m, D) to (B, m, D).
+        attention, gamma, beta: of the pixels.
+        batch_norm: holds running statistics, where ``normalisation`` is "batch".
+        noise_strength: (C), or None for no noise.
+        blend: of the label map, or None.
+        cache: remembers products of weights.
+    """
+
+    layout: LatentLayout
+    latent_update: TransformerLayers | Callable[[Tensor], Tensor]
+    attention: AttentionProjections
+    gamma: Projection
+    beta: Projection
+    normalisation: Normalisation
+    batch_norm: nn.BatchNorm2d | None
+    noise_strength: Tensor | None
+    modulate: bool
+    blend: MapBlend | None
+    lr_mul: float
+    eps: float
+    negative_slope: float
+    empty: Empty
+    choice: Choice
+    cache: FoldingCache | None
+
+
+def modulate(
+    x: Tensor, labels: LabelMap, latents: Tensor, layers: ModulationLayers, *, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:meth:`SemanticModulation.forward` with the given layers."""
+    mean = variance = None
+    if isinstance(layers.latent_update, TransformerLayers):
+        latents, mean, variance = update_by_pixels(
+            latents,
+            x,
+            layers.layout,
+            labels,
+            layers.latent_update,
+            encoding=encoding_of(x, x.shape[1]),
+            empty=layers.empty,
+            choice=layers.choice,
+        )
+    else:
+        latents = layers.latent_update(latents)
+    table_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    settings: dict[str, Any] = {
+        "stats": _statistics(layers, x, mean, variance, table_dtype),
+        "eps": layers.eps,
+        "negative_slope": layers.negative_slope,
+    }
+    if layers.noise_strength is not None:
+        settings["noise"] = _draw_noise(x, table_dtype) if noise is None else noise
+        settings["noise_strength"] = layers.noise_strength.to(table_dtype) * layers.lr_mul
+    if not layers.modulate:
+        return instance_modulate(x, **settings), latents
+    if layers.blend is not None:
+        gamma, beta = _blend(layers, layers.blend, x, labels, latents)
+        return instance_modulate(x, gamma, beta, **settings), latents
+    out = modulate_by_latents(
+        x,
+        latents,
+        layers.layout,
+        labels,
+        layers.attention,
+        layers.gamma,
+        layers.beta,
+        encoding=encoding_of(x, x.shape[1]),
+        empty=layers.empty,
+        choice=layers.choice,
+        cache=layers.cache,
+        **settings,
+    )
+    return out, latents
+
+
+def _blend(layers: ModulationLayers, blend: MapBlend, x: Tensor, labels: LabelMap, latents: Tensor) -> list[Tensor]:
+    """Gamma and beta of every pixel (B, C, height, width)."""
+    labels = labels.at(*x.shape[2:])
+    attended = pixels_attend_to_latents(
+        x,
+        latents,
+        layers.layout,
+        labels,
+        layers.attention,
+        encoding=encoding_of(x, x.shape[1]),
+        empty=layers.empty,
+        choice=layers.choice,
+        cache=layers.cache,
+    )
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
+    of_map = blend.encoder(labels, memory_format=memory_format)
+    blended = []
+    for layer, number, plane in zip((layers.gamma, layers.beta), (blend.gamma, blend.beta), of_map, strict=True):
+        share = (number * layers.lr_mul).sigmoid().to(x.dtype)
+        blended.append(torch.lerp(plane.to(x.dtype).expand_as(x), project_pixels(attended, layer), share))
+    return blended
+
+
+def _statistics(
+    layers: ModulationLayers, x: Tensor, mean: Tensor | None, variance: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """Mean and 1 / standard deviation, each broadcastable to (B, C); None leaves them to the kernel."""
+    norm = layers.batch_norm
+    if norm is not None and not norm.training:
+        assert norm.running_mean is not None and norm.running_var is not None
+        return norm.running_mean.to(dtype), (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    if mean is None or variance is None:
+        if layers.normalisation == "instance":
+            return None
+        variance, mean = torch.var_mean(x.to(dtype), (2, 3), correction=0)
+    if layers.normalisation != "instance":
+        over = (0,) if norm is not None else (1,)
+        total = mean.mean(over, keepdim=True)
+        variance = (variance + (mean - total).square()).mean(over, keepdim=True)
+        mean = total
+    if norm is not None:
+        _update_running(norm, mean.squeeze(0), variance.squeeze(0), x.numel() // x.shape[1])
+    return mean, (variance + layers.eps).rsqrt()
 
 
 def _update_running(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..labels import LabelMap, LatentLayout, LatentSelection
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A block in which autocast casts nothing: tables that are rounded would cost accuracy."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def check_feature_map(x: Tensor) -> torch.dtype:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..autocast import without_autocast
 from ..outputs import empty_instance_modulate_outputs
 from ..reference import instance_modulate as reference
-from .arguments import check_feature_map, per_channel, prepare_noise, prepare_stats, without_autocast
+from .arguments import check_feature_map, per_channel, prepare_noise, prepare_stats
 from .library import Saved, register
 
 _OPERATOR = "instance_modulate"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..autocast import without_autocast
 from ..labels import LabelMap, LatentLayout, LatentSelection
 from ..outputs import empty_modulate_outputs
 from ..reference import semantic_modulate as reference
@@ -19,7 +20,6 @@ from .arguments import (
     per_channel,
     prepare_noise,
     prepare_stats,
-    without_autocast,
 )
 from .library import Saved, register
 

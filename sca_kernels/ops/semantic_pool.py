@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
+from ..autocast import without_autocast
 from ..labels import LabelMap, LatentLayout, LatentSelection
 from ..outputs import empty_pool_outputs
 from ..reference import semantic_pool as reference
-from .arguments import check_empty, check_feature_map, check_regions, check_table, without_autocast
+from .arguments import check_empty, check_feature_map, check_regions, check_table
 from .library import Saved, register
 
 _OPERATOR = "semantic_pool"

@@ -1,0 +1,65 @@
+"""The kernels in CUDA C++ run by the host: csrc/cuda/execution.h says how, and what that finds.
+
+The library is built beside the objects of an in-place build; SCA_CUDA_EMULATION_PATH names another one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sca_kernels import cuda
+from sca_kernels.backends import BACKENDS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Threads of a block, and whether they and the blocks take turns from the last one to the first.
+ORDERS = {
+    "one thread": (1, False),
+    "three threads": (3, False),
+    "three threads, backwards": (3, True),
+    "256 threads": (256, False),
+    "256 threads, backwards": (256, True),
+}
+
+
+@functools.cache
+def library() -> Any:
+    """The module, or None where it was not built."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    folder = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}" / "cuda_emulation"
+    path = os.environ.get("SCA_CUDA_EMULATION_PATH") or str(folder / f"_cuda_emulation{suffix}")
+    if not Path(path).exists():
+        return None
+    specification = importlib.util.spec_from_file_location("_cuda_emulation", path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the backend "cuda" runs on the CPU."""
+
+    def run(method: Callable[..., None], device: torch.device, *arguments: Any) -> None:
+        method(*arguments)
+
+    monkeypatch.setattr(cuda, "kernels", library)
+    monkeypatch.setattr(cuda, "settings", lambda device, work: (90, 2))
+    monkeypatch.setattr(cuda, "run", run)
+    emulated = dataclasses.replace(BACKENDS["cuda"], devices=frozenset({"cpu"}), why_not=lambda: None)
+    monkeypatch.setitem(BACKENDS, "cuda", emulated)
+
+
+def emulate(order: str) -> None:
+    """Has blocks of so many threads run in an order, a key of ORDERS."""
+    library().emulate(*ORDERS[order])
