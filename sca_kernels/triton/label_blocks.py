@@ -9,8 +9,11 @@ What a block adds to the sums of a latent lies in a partial row of its own: for 
 ``(offsets[l] // PIXELS + i) * max_latents + j``. It is used once as well: from block to block of a label it grows by
 ``max_latents``, from label to label by the latents. A second kernel adds a latent's partial rows in their order.
 
-Tiles are (pixels, channels), (pixels, rows) or (rows, channels). The rows are the latents of a label in all heads, both
-padded to powers of two: the narrow side of the matrix products.
+Tiles are (pixels, channels), (pixels, rows) or (rows, channels). The rows are the latents of a label in all heads: the
+narrow side of the matrix products. Where there are more than 32 they are taken in parts, since a thread holds registers
+for each row of a product's operand: by programs of their own where the rows have nothing to do with one another, else
+one after another. Only what needs a whole softmax at once holds all rows, with heads and latents padded to powers of
+two, and the more rows the fewer pixels.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch import Tensor
 from .launch import Configuration, configuration, launch
 
 _MOST_ROWS = 256
+_MOST_ROWS_OF_A_PART = 32
 _LARGE_MAP = 64 * 64
 
 
@@ -32,9 +36,12 @@ class LabelBlocks:
 
     Attributes:
         heads, latents, max_latents, num_labels, pixels: of the call.
-        rows: padded heads and padded latents of a label, by the names that kernels have for them.
+        all_rows: padded heads and padded latents of a label, by the names that kernels have for them.
+        rows: padded latents and the rows of a part, likewise.
+        parts: how many parts the rows have.
+        padded: how many ``all_rows`` are.
         cut: the configuration of the kernel.
-        programs: for each image.
+        programs: blocks of each image.
         partial_rows: for each image and head.
     """
 
@@ -49,8 +56,11 @@ class LabelBlocks:
             )
         self.heads, self.latents, self.max_latents, self.num_labels = heads, latents, max_latents, num_labels
         self.pixels = x.shape[2] * x.shape[3]
-        self.rows = {"HEADS": padded_heads, "LATENTS": padded_latents}
-        size_class = f"{max(rows, 64)} rows"
+        self.all_rows = {"HEADS": padded_heads, "LATENTS": padded_latents}
+        self.rows = {"LATENTS": padded_latents, "ROWS": min(rows, _MOST_ROWS_OF_A_PART)}
+        self.parts = max(triton.cdiv(heads * padded_latents, self.rows["ROWS"]), 1)
+        self.padded = rows
+        size_class = f"{rows} rows"
         if rows == 16:
             size_class = "large map" if self.pixels >= _LARGE_MAP else "small map"
         self.cut: Configuration = configuration(kernel, size_class, x.device, x.dtype)
@@ -131,9 +141,9 @@ def blocks_of(cu_latents, offsets, num_labels, latent, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def rows_of(image, heads, latents, first, count, HEADS: tl.constexpr, LATENTS: tl.constexpr):
-    """For each row: its row in tables (B, H, latents), and whether it is there."""
-    row = tl.arange(0, HEADS * LATENTS)
+def rows_of(start, image, heads, latents, first, count, LATENTS: tl.constexpr, ROWS: tl.constexpr):
+    """For ROWS rows of a label from ``start`` on: their rows in tables (B, H, latents), and whether they are there."""
+    row = start + tl.arange(0, ROWS)
     head = row // LATENTS
     latent = row % LATENTS
     return (image * heads + head) * latents + first + latent, (head < heads) & (latent < count)

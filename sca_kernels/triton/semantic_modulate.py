@@ -8,7 +8,7 @@ y = gamma n + beta + noise, out = leaky_relu(y), and dy = dout * (1 or the slope
     dS = P * (dP - rowsum(P * dP)),  dkey_j = sum_p dS_pj x_p,  dx_p = rstd gamma dy_p + sum_j dS_pj key_j
 
 and, of the statistics, dx_p -= rstd (mean of gamma dy + n_p * mean of gamma dy n) over the pixels of the channel. So
-one pass makes P, dS and all sums, and a second one dkey and dx.
+one pass makes P, dS and the sums over channels, and a second one dx and the sums over the pixels of a label.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from .features import strides_of
 from .label_blocks import LabelBlocks, add_partial_rows, contiguous, image_stride
 from .launch import configuration, launch
 from .modulate_backward import SUMS, add_block_sums, modulate_backward_features, modulate_backward_sums
-from .modulate_forward import modulate_blocks
+from .modulate_forward import modulate_blocks, modulate_weights
 from .moments import channel_statistics
-from .position_sums import add_up_positions, position_values
+from .position_sums import add_up_positions
+from .position_values import position_values
 from .products import float32_precision
+
+# With more latents of a label in all heads the weights are made by a program of their own.
+_MOST_ROWS_FORWARD, _MOST_ROWS_BACKWARD = 32, 16
 
 
 def semantic_modulate(
@@ -68,15 +72,19 @@ def semantic_modulate(
         keys, scale, shift, key_bias, row_bias, col_bias, scale_bias, shift_bias,
         _instead(empty_scale, scale, empty), _instead(empty_shift, shift, empty), used_mean, used_rstd, noise_strength,
     )  # fmt: skip
+    grouping = (cu_latents, offsets, order)
+    weights = None
+    if blocks.padded > _MOST_ROWS_FORWARD:
+        weights = _weights(x, keys, key_bias, row_bias, col_bias, *grouping, max_latents)
     flat, [x_strides, out_strides] = strides_of(x, out)
     launch(
         modulate_blocks,
         (blocks.programs, batch),
-        x, out, *map(contiguous, tables), noise, noise_seed, cu_latents, offsets, order,
-        *x_strides, *out_strides, *_noise_strides(noise), *map(image_stride, (cu_latents, offsets, order)),
-        heads, latents, blocks.num_labels, height, width, negative_slope,
+        x, out, *map(contiguous, tables), noise, noise_seed, *grouping, weights,
+        *x_strides, *out_strides, *_noise_strides(noise), *map(image_stride, grouping),
+        heads, latents, max_latents, blocks.num_labels, height, width, negative_slope,
         channels=channels, ADD_ONE=add_one, FLAT=flat, PRECISION=float32_precision(x.dtype),
-        **blocks.rows, **blocks.cut.options,
+        **{**blocks.all_rows, **blocks.rows}, **blocks.cut.options,
     )  # fmt: skip
     return out, used_mean, used_rstd
 
@@ -111,7 +119,7 @@ def semantic_modulate_backward(
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
     """Returns the gradients of x and of the 13 tables; one that ``output_mask`` does not ask for is an empty tensor."""
-    wants_x, wants_keys, *wants_rows, wants_key_bias, wants_row_bias, wants_col_bias = output_mask[:7]
+    wants_x, *wants_rows, wants_key_bias, wants_row_bias, wants_col_bias = output_mask[:7]
     batch, channels, height, width = x.shape
     heads, latents = keys.shape[1:3]
     sizes = (x, heads, latents, max_latents, offsets.shape[1] - 1)
@@ -126,12 +134,12 @@ def semantic_modulate_backward(
     )  # fmt: skip
     grouping = (cu_latents, offsets, order)
     precision = float32_precision(x.dtype)
-    values, labels = position_values(x, blocks)
-    weights = torch.empty_like(values) if wants_x else None
-    wants_values = wants_x or wants_keys or wants_row_bias or wants_col_bias
-    partial = [
-        keys.new_empty((batch, heads, blocks.partial_rows, channels)) if wanted else None for wanted in wants_rows
-    ]
+    gradients, labels = position_values(x, blocks)
+    stored = blocks.padded > _MOST_ROWS_BACKWARD
+    if stored:
+        weights = _weights(x, keys, key_bias, row_bias, col_bias, *grouping, max_latents)
+    else:
+        weights = torch.empty_like(gradients)
     partial_bias = keys.new_empty((batch, heads, blocks.partial_rows, 1)) if wants_key_bias else None
     kinds = offsets.new_empty((batch, blocks.programs), dtype=torch.int32)
     block_sums = keys.new_empty((batch, blocks.programs, SUMS.value, channels))
@@ -140,10 +148,11 @@ def semantic_modulate_backward(
         modulate_backward_sums,
         (blocks.programs, batch),
         x, grad_out, *of_rows, *biases, *of_channels, noise, noise_seed, *grouping,
-        *partial, partial_bias, kinds, block_sums, weights, values if wants_values else None, labels,
+        partial_bias, kinds, block_sums, weights, gradients, labels,
         *x_strides, *out_strides, *_noise_strides(noise), *map(image_stride, grouping),
         heads, latents, max_latents, blocks.num_labels, blocks.partial_rows, height, width, negative_slope,
-        channels=channels, ADD_ONE=add_one, FLAT=flat, PRECISION=precision, **blocks.rows, **blocks.cut.options,
+        channels=channels, STORED=stored, ADD_ONE=add_one, FLAT=flat, PRECISION=precision,
+        **{**blocks.all_rows, **blocks.rows}, **blocks.cut.options,
     )  # fmt: skip
     # The sums over all pixels, and over those without latents.
     sums = keys.new_empty((2, SUMS.value, batch, channels))
@@ -157,48 +166,75 @@ def semantic_modulate_backward(
     of_all, of_empty = sums
 
     nothing = keys.new_empty(0)
-    grad_x, grad_keys = x.new_empty(0), nothing
-    if wants_x or wants_keys:
-        parts = LabelBlocks("modulate_backward_features", *sizes)
-        partial_keys = keys.new_empty((batch, heads, parts.partial_rows, channels)) if wants_keys else None
-        target = torch.empty_like(x) if wants_x else None
-        flat, [x_strides, out_strides, grad_strides] = strides_of(x, grad_out, target)
+    grad_x = torch.empty_like(x) if wants_x else None
+    of_tables = [nothing, nothing, nothing]
+    if wants_x or any(wants_rows):
+        second = LabelBlocks("modulate_backward_features", *sizes)
+        partial = [
+            keys.new_empty((batch, heads, second.partial_rows, channels)) if wanted else None for wanted in wants_rows
+        ]
+        flat, [x_strides, out_strides, grad_strides] = strides_of(x, grad_out, grad_x)
         launch(
             modulate_backward_features,
-            (parts.programs * triton.cdiv(channels, parts.cut["CHANNELS"]), batch),
+            (second.programs * triton.cdiv(channels, second.cut["CHANNELS"]), batch),
             x, grad_out, *of_rows, *of_channels, noise, noise_seed, *grouping,
-            weights, values, None if stats_given else of_all, target, partial_keys,
+            weights, gradients, None if stats_given else of_all, grad_x, *partial,
             *x_strides, *out_strides, *grad_strides, *_noise_strides(noise), *map(image_stride, grouping),
-            heads, latents, max_latents, parts.num_labels, parts.partial_rows, height, width, negative_slope,
-            channels=channels, ADD_ONE=add_one, FLAT=flat, PRECISION=precision, **parts.rows, **parts.cut.options,
+            heads, latents, max_latents, second.num_labels, second.partial_rows, height, width, negative_slope,
+            channels=channels, ADD_ONE=add_one, FLAT=flat, PRECISION=precision, **second.rows, **second.cut.options,
         )  # fmt: skip
-        if target is not None:
-            grad_x = target
-        if partial_keys is not None:
-            grad_keys = add_partial_rows(parts, partial_keys, cu_latents, offsets)
+        of_tables = [
+            nothing if rows is None else add_partial_rows(second, rows, cu_latents, offsets) for rows in partial
+        ]
+    # What pixels without latents get is, where it is not given, a mean of rows.
+    for index, given in enumerate((empty_scale, empty_shift)):
+        if wants_rows[1 + index] and empty == "uniform" and given is None:
+            of_tables[1 + index] += of_empty[index, :, None, None] / max(latents, 1)
 
-    share = 1 / max(latents, 1)
-    of_tables = [nothing, nothing]
-    for index, sums_of_rows in enumerate(partial):
-        if sums_of_rows is not None:
-            of_tables[index] = add_partial_rows(blocks, sums_of_rows, cu_latents, offsets)
-            if empty == "uniform" and (empty_scale, empty_shift)[index] is None:
-                of_tables[index] += of_empty[index, :, None, None] * share
     by_row = by_column = by_latent = nothing
     if partial_bias is not None:
         by_latent = add_partial_rows(blocks, partial_bias, cu_latents, offsets).squeeze(-1)
     if wants_row_bias and row_bias is not None:
-        by_row = add_up_positions(values, labels, blocks, cu_latents, "rows", keys.new_zeros(row_bias.shape))
+        by_row = add_up_positions(gradients, labels, blocks, cu_latents, "rows", keys.new_zeros(row_bias.shape))
     if wants_col_bias and col_bias is not None:
-        by_column = add_up_positions(values, labels, blocks, cu_latents, "columns", keys.new_zeros(col_bias.shape))
+        by_column = add_up_positions(gradients, labels, blocks, cu_latents, "columns", keys.new_zeros(col_bias.shape))
     by_channel = (
         of_all[0], of_all[1], of_empty[0], of_empty[1], -rstd * of_all[3], of_all[2] / rstd, of_all[4]
     )  # fmt: skip
     return (
-        *(grad_x, grad_keys, *of_tables, by_latent, by_row, by_column),
+        *(x.new_empty(0) if grad_x is None else grad_x, *of_tables, by_latent, by_row, by_column),
         # Copies: no two results of an operator may share memory.
         *(found.clone() if wanted else nothing for found, wanted in zip(by_channel, output_mask[7:], strict=True)),
     )
+
+
+def _weights(
+    x: Tensor,
+    keys: Tensor,
+    key_bias: Tensor | None,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    cu_latents: Tensor,
+    offsets: Tensor,
+    order: Tensor,
+    max_latents: int,
+) -> Tensor:
+    """The weights, as ``position_values`` describes them."""
+    batch, channels, height, width = x.shape
+    heads, latents = keys.shape[1:3]
+    blocks = LabelBlocks("modulate_weights", x, heads, latents, max_latents, offsets.shape[1] - 1)
+    weights, _ = position_values(x, blocks)
+    grouping = (cu_latents, offsets, order)
+    flat, [strides] = strides_of(x)
+    launch(
+        modulate_weights,
+        (blocks.programs, batch),
+        x, *map(contiguous, (keys, key_bias, row_bias, col_bias)), *grouping, weights,
+        *strides, *map(image_stride, grouping),
+        heads, latents, max_latents, blocks.num_labels, height, width,
+        channels=channels, FLAT=flat, PRECISION=float32_precision(x.dtype), **blocks.all_rows, **blocks.cut.options,
+    )  # fmt: skip
+    return weights
 
 
 def _instead(given: Tensor | None, rows: Tensor, empty: str) -> Tensor | None:
