@@ -150,8 +150,10 @@ def folded_calls(dtype: torch.dtype, shrink: int, batch: int) -> Iterator[Call]:
             (64, 256, 1, 8, "channels last"),
             (128, 128, 1, 8, "channels first"),
             (512, 32, 1, 8, "channels first"),
+            (64, 64, 1, 32, "channels first"),
+            (64, 64, 2, 32, "channels first"),
             (64, 64, 4, 32, "channels first"),
-            (64, 64, 8, 32, "channels first"),
+            (64, 64, 1, 256, "channels first"),
         ):
             prepare = functools.partial(
                 prepare_folded, operator, dtype,

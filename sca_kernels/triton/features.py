@@ -62,12 +62,16 @@ def pixel_pointers(base, image, pixels, width, image_stride, row_stride, column_
 
 @triton.jit
 def load_channels(first, channel_stride, channels, mask):
-    """A tile (channels, pixels) in float32, zero where it is masked, from pointers to the pixels' first channel."""
-    pointers = first[None, :] + (channels.to(tl.int64) * channel_stride)[:, None]
+    """A tile (pixels, channels) in float32, zero where it is masked, from pointers to the pixels' first channel.
+
+    Of pixels that are listed somewhere the compiler does not know that they are mostly neighbours. Where it knows of no
+    neighbours it gives those of a tile's first dimension to the threads of a warp, so that must be the pixels.
+    """
+    pointers = first[:, None] + (channels.to(tl.int64) * channel_stride)[None, :]
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_channels(first, channel_stride, channels, tile, mask):
-    pointers = first[None, :] + (channels.to(tl.int64) * channel_stride)[:, None]
+    pointers = first[:, None] + (channels.to(tl.int64) * channel_stride)[None, :]
     tl.store(pointers, tile.to(first.dtype.element_ty), mask=mask)

@@ -9,8 +9,11 @@ What a block adds to the sums of a latent lies in a partial row of its own: for 
 ``(offsets[l] // PIXELS + i) * max_latents + j``. It is used once as well: from block to block of a label it grows by
 ``max_latents``, from label to label by the latents. A second kernel adds a latent's partial rows in their order.
 
-Tiles are (channels, pixels), (rows, pixels) or (rows, channels). The rows are the latents of a label in all heads, both
-padded to powers of two: the narrow side of the matrix products.
+Tiles are (pixels, channels), (pixels, rows) or (rows, channels). The rows are the latents of a label in all heads: the
+narrow side of the matrix products. Where there are more than 32 they are taken in parts, since a thread holds registers
+for each row of a product's operand: by programs of their own where the rows have nothing to do with one another, else
+one after another. Only what needs a whole softmax at once holds all rows, with heads and latents padded to powers of
+two, and the more rows the fewer pixels.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch import Tensor
 from .launch import Configuration, configuration, launch
 
 _MOST_ROWS = 256
+_MOST_ROWS_OF_A_PART = 32
 _LARGE_MAP = 64 * 64
 
 
@@ -32,9 +36,12 @@ class LabelBlocks:
 
     Attributes:
         heads, latents, max_latents, num_labels, pixels: of the call.
-        rows: padded heads and padded latents of a label, by the names that kernels have for them.
+        all_rows: padded heads and padded latents of a label, by the names that kernels have for them.
+        rows: padded latents and the rows of a part, likewise.
+        parts: how many parts the rows have.
+        padded: how many ``all_rows`` are.
         cut: the configuration of the kernel.
-        programs: for each image.
+        programs: blocks of each image.
         partial_rows: for each image and head.
     """
 
@@ -49,10 +56,13 @@ class LabelBlocks:
             )
         self.heads, self.latents, self.max_latents, self.num_labels = heads, latents, max_latents, num_labels
         self.pixels = x.shape[2] * x.shape[3]
-        self.rows = {"HEADS": padded_heads, "LATENTS": padded_latents}
-        size_class = "128 rows" if rows > 32 else "large map" if self.pixels >= _LARGE_MAP else "small map"
-        if rows > 128:
-            size_class = "256 rows"
+        self.all_rows = {"HEADS": padded_heads, "LATENTS": padded_latents}
+        self.rows = {"LATENTS": padded_latents, "ROWS": min(rows, _MOST_ROWS_OF_A_PART)}
+        self.parts = max(triton.cdiv(heads * padded_latents, self.rows["ROWS"]), 1)
+        self.padded = rows
+        size_class = f"{rows} rows"
+        if rows == 16:
+            size_class = "large map" if self.pixels >= _LARGE_MAP else "small map"
         self.cut: Configuration = configuration(kernel, size_class, x.device, x.dtype)
         self.programs = self.pixels // self.cut["PIXELS"] + num_labels + 1
         self.partial_rows = (self.pixels // self.cut["PIXELS"] + 1) * max_latents + latents
@@ -109,7 +119,7 @@ def find_block(offsets, num_labels, pixels, program, PIXELS: tl.constexpr):
 
 @triton.jit
 def pixels_of_block(order, begin, end, PIXELS: tl.constexpr):
-    """The pixels of a block, and which of the tile's columns they fill: the first ones."""
+    """The pixels of a block, and which of the tile's lines they fill: the first ones."""
     position = begin + tl.arange(0, PIXELS)
     return tl.load(order + position, mask=position < end, other=0), position < end
 
@@ -131,9 +141,9 @@ def blocks_of(cu_latents, offsets, num_labels, latent, PIXELS: tl.constexpr):
 
 
 @triton.jit
-def rows_of(image, heads, latents, first, count, HEADS: tl.constexpr, LATENTS: tl.constexpr):
-    """For each row of a tile: its row in tables (B, H, latents), and whether it is there."""
-    row = tl.arange(0, HEADS * LATENTS)
+def rows_of(start, image, heads, latents, first, count, LATENTS: tl.constexpr, ROWS: tl.constexpr):
+    """For ROWS rows of a label from ``start`` on: their rows in tables (B, H, latents), and whether they are there."""
+    row = start + tl.arange(0, ROWS)
     head = row // LATENTS
     latent = row % LATENTS
     return (image * heads + head) * latents + first + latent, (head < heads) & (latent < count)
@@ -154,12 +164,12 @@ def store_rows(table, values, row, is_row, channel, channels):
 
 @triton.jit
 def by_position(row_table, col_table, row, pixel, height, width, mask):
-    """What tables (B, H, m, height) and (B, H, m, width), or None, have for each row and pixel of a tile, added up."""
+    """What tables (B, H, m, height) and (B, H, m, width), or None, have for each pixel and row of a tile, added up."""
     values = tl.zeros(mask.shape, tl.float32)
     if row_table is not None:
-        values += tl.load(row_table + row[:, None] * height + (pixel // width)[None, :], mask=mask, other=0.0)
+        values += tl.load(row_table + (pixel // width)[:, None] + row[None, :] * height, mask=mask, other=0.0)
     if col_table is not None:
-        values += tl.load(col_table + row[:, None] * width + (pixel % width)[None, :], mask=mask, other=0.0)
+        values += tl.load(col_table + (pixel % width)[:, None] + row[None, :] * width, mask=mask, other=0.0)
     return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class Configuration:
 def configuration(kernel: str, size_class: str, device: torch.device, dtype: torch.dtype) -> Configuration:
     """The configuration of a kernel from the table that is shipped, ``configurations.json``.
 
-    The first of these rows that is there: of the device or of any, and within either of the type or of any.
+    The first of these rows that is there: of the device or of any, within either of the type or of any, and within
+    these of the size class or of any.
 
     Args:
         kernel: its name in the table.
@@ -84,13 +86,11 @@ def table() -> dict[str, Any]:
 
 @functools.cache
 def _lookup(kernel: str, size_class: str, device: str, dtype: str) -> Configuration:
-    for of_device in (device, DEFAULT):
-        kernels = table().get(of_device, {}).get(kernel, {})
-        for of_type in (dtype, ANY):
-            row = kernels.get(of_type, {}).get(size_class)
-            if row is not None:
-                blocks = {name: size for name, size in row.items() if name.isupper()}
-                return Configuration(blocks, row["num_warps"], row["num_stages"])
+    for of_device, of_type, of_size in itertools.product((device, DEFAULT), (dtype, ANY), (size_class, ANY)):
+        row = table().get(of_device, {}).get(kernel, {}).get(of_type, {}).get(of_size)
+        if row is not None:
+            blocks = {name: size for name, size in row.items() if name.isupper()}
+            return Configuration(blocks, row["num_warps"], row["num_stages"])
     raise LookupError(f"configurations.json: no row for {kernel}, {dtype}, {size_class!r}")
 
 

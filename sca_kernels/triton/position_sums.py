@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .label_blocks import LabelBlocks, image_stride, latents_of, rows_of
+from .label_blocks import LabelBlocks, image_stride, latents_of
 from .launch import configuration, launch
-
-
-def position_values(x: Tensor, blocks: LabelBlocks) -> tuple[Tensor, Tensor]:
-    """Memory for one number for each pixel and latent of its label, (B, H, max_latents, n), and for its label (B, n).
-
-    Both are in the order of the image. Where a pixel has no label, its label is num_labels.
-    """
-    batch = x.shape[0]
-    return (
-        x.new_empty((batch, blocks.heads, blocks.max_latents, blocks.pixels), dtype=torch.float32),
-        x.new_empty((batch, blocks.pixels), dtype=torch.int32),
-    )
 
 
 def add_up_positions(
@@ -55,17 +42,6 @@ def add_up_positions(
         **cut.options,
     )  # fmt: skip
     return sums
-
-
-@triton.jit
-def store_values(
-    values, labels, tile, label, image, pixel, there, inside, heads, max_latents, pixels,
-    HEADS: tl.constexpr, LATENTS: tl.constexpr,
-):  # fmt: skip
-    """Stores a tile (rows, pixels) and the label of its pixels where ``add_up_positions`` wants them."""
-    slot, _ = rows_of(image, heads, max_latents, 0, max_latents, HEADS, LATENTS)
-    tl.store(values + slot[:, None] * pixels + pixel[None, :], tile, mask=there)
-    tl.store(labels + image * pixels + pixel, tl.zeros_like(pixel) + label, mask=inside)
 
 
 @triton.jit

@@ -7,7 +7,8 @@ y = gamma n + beta + noise, out = leaky_relu(y), and dy = dout * (1 or the slope
     dscale_j = sum_p P_pj dgamma_p,  dshift_j = sum_p P_pj dbeta_p,  dP_pj = <scale_j, dgamma_p> + <shift_j, dbeta_p>,
     dS = P * (dP - rowsum(P * dP)),  dkey_j = sum_p dS_pj x_p,  dx_p = rstd gamma dy_p + sum_j dS_pj key_j
 
-and what the statistics add to dx, which is an affine function of x in each channel: a second, linear pass.
+and, of the statistics, dx_p -= rstd (mean of gamma dy + n_p * mean of gamma dy n) over the pixels of the channel. So
+one pass makes P, dS and the sums over channels, and a second one dx and the sums over the pixels of a label.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ import triton
 from torch import Tensor
 
 from ..outputs import empty_modulate_outputs
-from .features import memory_order, strides_of
+from .features import strides_of
 from .label_blocks import LabelBlocks, add_partial_rows, contiguous, image_stride
 from .launch import configuration, launch
-from .modulate_backward import SUMS, add_block_sums, add_statistics, modulate_backward_blocks
-from .modulate_forward import modulate_blocks
+from .modulate_backward import SUMS, add_block_sums, modulate_backward_features, modulate_backward_sums
+from .modulate_forward import modulate_blocks, modulate_weights
 from .moments import channel_statistics
-from .position_sums import add_up_positions, position_values
+from .position_sums import add_up_positions
+from .position_values import position_values
 from .products import float32_precision
+
+# With more latents of a label in all heads the weights are made by a program of their own.
+_MOST_ROWS_FORWARD, _MOST_ROWS_BACKWARD = 32, 16
 
 
 def semantic_modulate(
@@ -67,15 +72,19 @@ def semantic_modulate(
         keys, scale, shift, key_bias, row_bias, col_bias, scale_bias, shift_bias,
         _instead(empty_scale, scale, empty), _instead(empty_shift, shift, empty), used_mean, used_rstd, noise_strength,
     )  # fmt: skip
+    grouping = (cu_latents, offsets, order)
+    weights = None
+    if blocks.padded > _MOST_ROWS_FORWARD:
+        weights = _weights(x, keys, key_bias, row_bias, col_bias, *grouping, max_latents)
     flat, [x_strides, out_strides] = strides_of(x, out)
     launch(
         modulate_blocks,
         (blocks.programs, batch),
-        x, out, *map(contiguous, tables), noise, noise_seed, cu_latents, offsets, order,
-        *x_strides, *out_strides, *_noise_strides(noise), *map(image_stride, (cu_latents, offsets, order)),
-        heads, latents, blocks.num_labels, height, width, negative_slope,
+        x, out, *map(contiguous, tables), noise, noise_seed, *grouping, weights,
+        *x_strides, *out_strides, *_noise_strides(noise), *map(image_stride, grouping),
+        heads, latents, max_latents, blocks.num_labels, height, width, negative_slope,
         channels=channels, ADD_ONE=add_one, FLAT=flat, PRECISION=float32_precision(x.dtype),
-        **blocks.rows, **blocks.cut.options,
+        **{**blocks.all_rows, **blocks.rows}, **blocks.cut.options,
     )  # fmt: skip
     return out, used_mean, used_rstd
 
@@ -113,29 +122,37 @@ def semantic_modulate_backward(
     wants_x, *wants_rows, wants_key_bias, wants_row_bias, wants_col_bias = output_mask[:7]
     batch, channels, height, width = x.shape
     heads, latents = keys.shape[1:3]
-    blocks = LabelBlocks("modulate_backward_blocks", x, heads, latents, max_latents, offsets.shape[1] - 1)
-    tables = (
-        keys, scale, shift, key_bias, row_bias, col_bias, scale_bias, shift_bias,
-        _instead(empty_scale, scale, empty), _instead(empty_shift, shift, empty), mean, rstd, noise_strength,
+    sizes = (x, heads, latents, max_latents, offsets.shape[1] - 1)
+    blocks = LabelBlocks("modulate_backward_sums", *sizes)
+    of_rows = tuple(map(contiguous, (keys, scale, shift)))
+    biases = tuple(map(contiguous, (key_bias, row_bias, col_bias)))
+    of_channels = tuple(
+        map(contiguous, (
+            scale_bias, shift_bias, _instead(empty_scale, scale, empty), _instead(empty_shift, shift, empty),
+            mean, rstd, noise_strength,
+        ))
     )  # fmt: skip
-    grad_x = torch.empty_like(x) if wants_x else None
-    rows = (batch, heads, blocks.partial_rows)
-    partial = [keys.new_empty((*rows, channels)) if wanted else None for wanted in wants_rows]
-    partial_bias = keys.new_empty((*rows, 1)) if wants_key_bias else None
+    grouping = (cu_latents, offsets, order)
+    precision = float32_precision(x.dtype)
+    gradients, labels = position_values(x, blocks)
+    stored = blocks.padded > _MOST_ROWS_BACKWARD
+    if stored:
+        weights = _weights(x, keys, key_bias, row_bias, col_bias, *grouping, max_latents)
+    else:
+        weights = torch.empty_like(gradients)
+    partial_bias = keys.new_empty((batch, heads, blocks.partial_rows, 1)) if wants_key_bias else None
     kinds = offsets.new_empty((batch, blocks.programs), dtype=torch.int32)
     block_sums = keys.new_empty((batch, blocks.programs, SUMS.value, channels))
-    values, labels = position_values(x, blocks) if wants_row_bias or wants_col_bias else (None, None)
-    flat, [x_strides, out_strides, grad_strides] = strides_of(x, grad_out, grad_x)
+    flat, [x_strides, out_strides] = strides_of(x, grad_out)
     launch(
-        modulate_backward_blocks,
+        modulate_backward_sums,
         (blocks.programs, batch),
-        x, grad_out, *map(contiguous, tables), noise, noise_seed, cu_latents, offsets, order,
-        grad_x, *partial, partial_bias, kinds, block_sums, values, labels,
-        *x_strides, *out_strides, *grad_strides, *_noise_strides(noise),
-        *map(image_stride, (cu_latents, offsets, order)),
+        x, grad_out, *of_rows, *biases, *of_channels, noise, noise_seed, *grouping,
+        partial_bias, kinds, block_sums, weights, gradients, labels,
+        *x_strides, *out_strides, *_noise_strides(noise), *map(image_stride, grouping),
         heads, latents, max_latents, blocks.num_labels, blocks.partial_rows, height, width, negative_slope,
-        channels=channels, ADD_ONE=add_one, FLAT=flat, PRECISION=float32_precision(x.dtype),
-        **blocks.rows, **blocks.cut.options,
+        channels=channels, STORED=stored, ADD_ONE=add_one, FLAT=flat, PRECISION=precision,
+        **{**blocks.all_rows, **blocks.rows}, **blocks.cut.options,
     )  # fmt: skip
     # The sums over all pixels, and over those without latents.
     sums = keys.new_empty((2, SUMS.value, batch, channels))
@@ -147,43 +164,77 @@ def semantic_modulate_backward(
         **cut.options,
     )  # fmt: skip
     of_all, of_empty = sums
-    if grad_x is not None and not stats_given:
-        cut = configuration("add_statistics", memory_order(x), x.device, x.dtype)
-        flat, [x_strides, grad_strides] = strides_of(x, grad_x)
-        launch(
-            add_statistics,
-            (triton.cdiv(height * width, cut["PIXELS"]), triton.cdiv(channels, cut["CHANNELS"]), batch),
-            x, grad_x, of_all, mean, rstd, *x_strides, *grad_strides, channels, height * width, width,
-            FLAT=flat, **cut.options,
-        )  # fmt: skip
-    share = 1 / max(latents, 1)
-    gradients = []
-    for index, sums_of_rows in enumerate(partial):
-        gradient = keys.new_empty(0)
-        if sums_of_rows is not None:
-            gradient = add_partial_rows(blocks, sums_of_rows, cu_latents, offsets)
-            if index > 0 and empty == "uniform" and (empty_scale, empty_shift)[index - 1] is None:
-                gradient += of_empty[index - 1, :, None, None] * share
-        gradients.append(gradient)
+
     nothing = keys.new_empty(0)
+    grad_x = torch.empty_like(x) if wants_x else None
+    of_tables = [nothing, nothing, nothing]
+    if wants_x or any(wants_rows):
+        second = LabelBlocks("modulate_backward_features", *sizes)
+        partial = [
+            keys.new_empty((batch, heads, second.partial_rows, channels)) if wanted else None for wanted in wants_rows
+        ]
+        flat, [x_strides, out_strides, grad_strides] = strides_of(x, grad_out, grad_x)
+        launch(
+            modulate_backward_features,
+            (second.programs * triton.cdiv(channels, second.cut["CHANNELS"]), batch),
+            x, grad_out, *of_rows, *of_channels, noise, noise_seed, *grouping,
+            weights, gradients, None if stats_given else of_all, grad_x, *partial,
+            *x_strides, *out_strides, *grad_strides, *_noise_strides(noise), *map(image_stride, grouping),
+            heads, latents, max_latents, second.num_labels, second.partial_rows, height, width, negative_slope,
+            channels=channels, ADD_ONE=add_one, FLAT=flat, PRECISION=precision, **second.rows, **second.cut.options,
+        )  # fmt: skip
+        of_tables = [
+            nothing if rows is None else add_partial_rows(second, rows, cu_latents, offsets) for rows in partial
+        ]
+    # What pixels without latents get is, where it is not given, a mean of rows.
+    for index, given in enumerate((empty_scale, empty_shift)):
+        if wants_rows[1 + index] and empty == "uniform" and given is None:
+            of_tables[1 + index] += of_empty[index, :, None, None] / max(latents, 1)
+
     by_row = by_column = by_latent = nothing
     if partial_bias is not None:
         by_latent = add_partial_rows(blocks, partial_bias, cu_latents, offsets).squeeze(-1)
-    if values is not None and labels is not None:
-        if wants_row_bias and row_bias is not None:
-            by_row = add_up_positions(values, labels, blocks, cu_latents, "rows", keys.new_zeros(row_bias.shape))
-        if wants_col_bias and col_bias is not None:
-            by_column = add_up_positions(values, labels, blocks, cu_latents, "columns", keys.new_zeros(col_bias.shape))
+    if wants_row_bias and row_bias is not None:
+        by_row = add_up_positions(gradients, labels, blocks, cu_latents, "rows", keys.new_zeros(row_bias.shape))
+    if wants_col_bias and col_bias is not None:
+        by_column = add_up_positions(gradients, labels, blocks, cu_latents, "columns", keys.new_zeros(col_bias.shape))
     by_channel = (
         of_all[0], of_all[1], of_empty[0], of_empty[1], -rstd * of_all[3], of_all[2] / rstd, of_all[4]
     )  # fmt: skip
     return (
-        x.new_empty(0) if grad_x is None else grad_x,
-        *gradients,
-        *(by_latent, by_row, by_column),
+        *(x.new_empty(0) if grad_x is None else grad_x, *of_tables, by_latent, by_row, by_column),
         # Copies: no two results of an operator may share memory.
         *(found.clone() if wanted else nothing for found, wanted in zip(by_channel, output_mask[7:], strict=True)),
     )
+
+
+def _weights(
+    x: Tensor,
+    keys: Tensor,
+    key_bias: Tensor | None,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    cu_latents: Tensor,
+    offsets: Tensor,
+    order: Tensor,
+    max_latents: int,
+) -> Tensor:
+    """The weights, as ``position_values`` describes them."""
+    batch, channels, height, width = x.shape
+    heads, latents = keys.shape[1:3]
+    blocks = LabelBlocks("modulate_weights", x, heads, latents, max_latents, offsets.shape[1] - 1)
+    weights, _ = position_values(x, blocks)
+    grouping = (cu_latents, offsets, order)
+    flat, [strides] = strides_of(x)
+    launch(
+        modulate_weights,
+        (blocks.programs, batch),
+        x, *map(contiguous, (keys, key_bias, row_bias, col_bias)), *grouping, weights,
+        *strides, *map(image_stride, grouping),
+        heads, latents, max_latents, blocks.num_labels, height, width,
+        channels=channels, FLAT=flat, PRECISION=float32_precision(x.dtype), **blocks.all_rows, **blocks.cut.options,
+    )  # fmt: skip
+    return weights
 
 
 def _instead(given: Tensor | None, rows: Tensor, empty: str) -> Tensor | None:

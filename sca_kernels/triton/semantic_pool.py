@@ -34,7 +34,8 @@ from .label_blocks import (
     store_rows,
 )
 from .launch import configuration, launch
-from .position_sums import add_up_positions, position_values, store_values
+from .position_sums import add_up_positions
+from .position_values import load_values, position_values, store_labels, store_values
 from .products import float32_precision
 
 
@@ -66,11 +67,11 @@ def semantic_pool(
     flat, [strides] = strides_of(x)
     launch(
         _pool_blocks,
-        (blocks.programs, batch),
+        (blocks.programs * blocks.parts, batch),
         x, queries.contiguous(), contiguous(row_bias), contiguous(col_bias), cu_latents, offsets, order,
         *partial, *moments, values, labels,
         *strides, *map(image_stride, (cu_latents, offsets, order)),
-        heads, latents, max_latents, blocks.num_labels, blocks.partial_rows, height, width,
+        heads, latents, max_latents, blocks.num_labels, blocks.partial_rows, height, width, blocks.parts,
         channels=channels, FLAT=flat, PRECISION=float32_precision(x.dtype), **blocks.rows, **blocks.cut.options,
     )  # fmt: skip
     cut = configuration("merge_block_moments", "any", x.device, x.dtype)
@@ -139,29 +140,44 @@ def semantic_pool_backward(
     if grad_second_moment is not None:
         factor = grad_second_moment * (2 * share)
 
-    grad_x = torch.empty_like(x) if wants_x else x.new_empty(0)
+    grad_x = torch.empty_like(x) if wants_x else None
+    later = grad_x is not None and blocks.parts > 1
     partial = queries.new_empty((batch, heads, blocks.partial_rows, channels)) if wants_queries else None
-    values, labels = position_values(x, blocks) if wants_row_bias or wants_col_bias else (None, None)
-    flat, [x_strides, grad_x_strides] = strides_of(x, grad_x if wants_x else None)
+    gradients, labels = position_values(x, blocks)
+    weights = torch.empty_like(gradients) if later and grad_pooled is not None else None
+    grouping = (cu_latents, offsets, order)
+    queries, offset, factor = queries.contiguous(), offset.contiguous(), factor.contiguous()
+    precision = float32_precision(x.dtype)
+    flat, [x_strides, grad_x_strides] = strides_of(x, grad_x)
     launch(
         _pool_backward_blocks,
-        (blocks.programs, batch),
-        x, queries.contiguous(), contiguous(row_bias), contiguous(col_bias), cu_latents, offsets, order,
-        lse, delta.contiguous(), grad_pooled, grad_row_mass, grad_col_mass, offset.contiguous(), factor.contiguous(),
-        mean, grad_x if wants_x else None, partial, values, labels,
-        *x_strides, *grad_x_strides, *map(image_stride, (cu_latents, offsets, order)),
-        heads, latents, max_latents, blocks.num_labels, blocks.partial_rows, height, width,
-        channels=channels, FLAT=flat, PRECISION=float32_precision(x.dtype), **blocks.rows, **blocks.cut.options,
+        (blocks.programs * blocks.parts, batch),
+        x, queries, contiguous(row_bias), contiguous(col_bias), *grouping,
+        lse, delta.contiguous(), grad_pooled, grad_row_mass, grad_col_mass, offset, factor, mean,
+        None if later else grad_x, partial,
+        weights, gradients if later or wants_row_bias or wants_col_bias else None, labels,
+        *x_strides, *grad_x_strides, *map(image_stride, grouping),
+        heads, latents, max_latents, blocks.num_labels, blocks.partial_rows, height, width, blocks.parts,
+        channels=channels, FLAT=flat, PRECISION=precision, **blocks.rows, **blocks.cut.options,
     )  # fmt: skip
+    if later:
+        second = LabelBlocks("pool_backward_features", x, heads, latents, max_latents, offsets.shape[1] - 1)
+        launch(
+            _pool_backward_features,
+            (second.programs * triton.cdiv(channels, second.cut["CHANNELS"]), batch),
+            x, queries, grad_pooled, offset, factor, mean, *grouping, weights, gradients, grad_x,
+            *x_strides, *grad_x_strides, *map(image_stride, grouping),
+            heads, latents, max_latents, second.num_labels, height, width,
+            channels=channels, FLAT=flat, PRECISION=precision, **second.rows, **second.cut.options,
+        )  # fmt: skip
     grad_queries, grad_row_bias, grad_col_bias = (queries.new_empty(0) for _ in range(3))
     if partial is not None:
         grad_queries = add_partial_rows(blocks, partial, cu_latents, offsets)
-    if values is not None and labels is not None:
-        if wants_row_bias:
-            grad_row_bias = add_up_positions(values, labels, blocks, cu_latents, "rows", torch.zeros_like(row_mass))
-        if wants_col_bias:
-            grad_col_bias = add_up_positions(values, labels, blocks, cu_latents, "columns", torch.zeros_like(col_mass))
-    return grad_queries, grad_x, grad_row_bias, grad_col_bias
+    if wants_row_bias:
+        grad_row_bias = add_up_positions(gradients, labels, blocks, cu_latents, "rows", torch.zeros_like(row_mass))
+    if wants_col_bias:
+        grad_col_bias = add_up_positions(gradients, labels, blocks, cu_latents, "columns", torch.zeros_like(col_mass))
+    return grad_queries, x.new_empty(0) if grad_x is None else grad_x, grad_row_bias, grad_col_bias
 
 
 @triton.jit
@@ -169,57 +185,60 @@ def _pool_blocks(
     x, queries, row_bias, col_bias, cu_latents, offsets, order,
     partial_max, partial_sum, partial_pooled, block_sizes, block_means, block_squares, values, labels,
     image_stride, channel_stride, row_stride, column_stride, cu_latents_stride, offsets_stride, order_stride,
-    heads, latents, max_latents, num_labels, partial_rows, height, width,
+    heads, latents, max_latents, num_labels, partial_rows, height, width, parts,
     channels: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
-    HEADS: tl.constexpr, LATENTS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    LATENTS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
+    """One part of the rows of a block; that of the first does what needs no rows."""
+    program = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
     image = tl.program_id(1).to(tl.int64)
-    block = image * tl.num_programs(0) + program
+    block = image * (tl.num_programs(0) // parts) + program
     label, begin, end = find_block(offsets + image * offsets_stride, num_labels, height * width, program, PIXELS)
-    tl.store(block_sizes + block, tl.maximum(end - begin, 0))
+    tl.store(block_sizes + block, tl.maximum(end - begin, 0), mask=part == 0)
     if begin >= end:
         return
     pixel, inside = pixels_of_block(order + image * order_stride, begin, end, PIXELS)
     first, count = latents_of(cu_latents + image * cu_latents_stride, num_labels, label)
-    row, is_row = rows_of(image, heads, latents, first, count, HEADS, LATENTS)
-    there = is_row[:, None] & inside[None, :]
+    row, is_row = rows_of(part * ROWS, image, heads, latents, first, count, LATENTS, ROWS)
+    there = inside[:, None] & is_row[None, :]
     x = pixel_pointers(x, image, pixel, width, image_stride, row_stride, column_stride, FLAT)
 
     logits = by_position(row_bias, col_bias, row, pixel, height, width, there)
-    for start in range(0, channels, CHANNELS):
+    for start in tl.range(0, channels, CHANNELS, disable_licm=True):
         channel = start + tl.arange(0, CHANNELS)
-        known = (channel < channels)[:, None] & inside[None, :]
+        known = inside[:, None] & (channel < channels)[None, :]
         features = load_channels(x, channel_stride, channel, known)
         table = load_rows(queries, row, is_row, channel, channels)
-        logits = tl.dot(table, features, logits, input_precision=PRECISION)
+        logits = tl.dot(features, tl.trans(table), logits, input_precision=PRECISION)
     logits = tl.where(there, logits, float("-inf"))
-    largest = tl.max(logits, 1)
+    largest = tl.max(logits, 0)
     # Where all logits are -inf, their weights are zero rather than exp(-inf + inf).
-    weights = tl.exp(logits - tl.where(largest > float("-inf"), largest, 0.0)[:, None])
+    weights = tl.exp(logits - tl.where(largest > float("-inf"), largest, 0.0)[None, :])
 
     first += (program - label).to(tl.int64) * max_latents
-    partial, _ = rows_of(image, heads, partial_rows, first, count, HEADS, LATENTS)
+    partial, _ = rows_of(part * ROWS, image, heads, partial_rows, first, count, LATENTS, ROWS)
     size = (end - begin).to(tl.float32)
-    for start in range(0, channels, CHANNELS):
+    for start in tl.range(0, channels, CHANNELS, disable_licm=True):
         channel = start + tl.arange(0, CHANNELS)
-        known = (channel < channels)[:, None] & inside[None, :]
+        known = inside[:, None] & (channel < channels)[None, :]
         features = load_channels(x, channel_stride, channel, known)
-        pooled = tl.dot(weights, tl.trans(features), input_precision=PRECISION)
+        pooled = tl.dot(tl.trans(weights), features, input_precision=PRECISION)
         store_rows(partial_pooled, pooled, partial, is_row, channel, channels)
         # Moments of the differences from the first pixel, so that a large mean does not drown them.
         is_first = tl.arange(0, PIXELS) == 0
-        shift = tl.sum(tl.where(is_first[None, :], features, 0.0), 1)
-        difference = tl.where(known, features - shift[:, None], 0.0)
-        mean = tl.sum(difference, 1) / size
-        square = tl.where(known, difference - mean[:, None], 0.0)
-        tl.store(block_means + block * channels + channel, shift.to(tl.float64) + mean, mask=channel < channels)
-        tl.store(block_squares + block * channels + channel, tl.sum(square * square, 1), mask=channel < channels)
+        shift = tl.sum(tl.where(is_first[:, None], features, 0.0), 0)
+        difference = tl.where(known, features - shift[None, :], 0.0)
+        mean = tl.sum(difference, 0) / size
+        square = tl.where(known, difference - mean[None, :], 0.0)
+        place = block * channels + channel
+        tl.store(block_means + place, shift.to(tl.float64) + mean, mask=(channel < channels) & (part == 0))
+        tl.store(block_squares + place, tl.sum(square * square, 0), mask=(channel < channels) & (part == 0))
     tl.store(partial_max + partial, largest, mask=is_row)
-    tl.store(partial_sum + partial, tl.sum(weights, 1), mask=is_row)
-    store_values(
-        values, labels, logits, label, image, pixel, there, inside, heads, max_latents, height * width, HEADS, LATENTS
-    )
+    tl.store(partial_sum + partial, tl.sum(weights, 0), mask=is_row)
+    slot, _ = rows_of(part * ROWS, image, heads, max_latents, 0, count, LATENTS, ROWS)
+    store_values(values, logits, slot, is_row, pixel, inside, height * width)
+    store_labels(labels, label, image, pixel, inside & (part == 0), height * width)
 
 
 @triton.jit
@@ -307,26 +326,38 @@ def _merge_pools(
 
 
 @triton.jit
+def _of_moments(features, offset, factor, mean, image, channel, channels):
+    """What the gradient of x has whatever the latents of a pixel are."""
+    place = image * channels + channel
+    mask = channel < channels
+    centred = features - tl.load(mean + place, mask=mask, other=0.0)[None, :]
+    result = tl.load(factor + place, mask=mask, other=0.0)[None, :] * centred
+    return result + tl.load(offset + place, mask=mask, other=0.0)[None, :]
+
+
+@triton.jit
 def _pool_backward_blocks(
     x, queries, row_bias, col_bias, cu_latents, offsets, order,
     lse, delta, grad_pooled, grad_row_mass, grad_col_mass, offset, factor, mean,
-    grad_x, partial_queries, values, labels,
+    grad_x, partial_queries, all_weights, all_gradients, labels,
     image_stride, channel_stride, row_stride, column_stride,
     grad_image_stride, grad_channel_stride, grad_row_stride, grad_column_stride,
     cu_latents_stride, offsets_stride, order_stride,
-    heads, latents, max_latents, num_labels, partial_rows, height, width,
+    heads, latents, max_latents, num_labels, partial_rows, height, width, parts,
     channels: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
-    HEADS: tl.constexpr, LATENTS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    LATENTS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
+    """One part of the rows of a block; of several, weights and gradients of logits are left to the next kernel."""
+    program = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
     image = tl.program_id(1).to(tl.int64)
     label, begin, end = find_block(offsets + image * offsets_stride, num_labels, height * width, program, PIXELS)
     if begin >= end:
         return
     pixel, inside = pixels_of_block(order + image * order_stride, begin, end, PIXELS)
     first, count = latents_of(cu_latents + image * cu_latents_stride, num_labels, label)
-    row, is_row = rows_of(image, heads, latents, first, count, HEADS, LATENTS)
-    there = is_row[:, None] & inside[None, :]
+    row, is_row = rows_of(part * ROWS, image, heads, latents, first, count, LATENTS, ROWS)
+    there = inside[:, None] & is_row[None, :]
     x = pixel_pointers(x, image, pixel, width, image_stride, row_stride, column_stride, FLAT)
     if grad_x is not None:
         grad_x = pixel_pointers(
@@ -335,42 +366,78 @@ def _pool_backward_blocks(
 
     logits = by_position(row_bias, col_bias, row, pixel, height, width, there)
     gradients = by_position(grad_row_mass, grad_col_mass, row, pixel, height, width, there)
-    for start in range(0, channels, CHANNELS):
+    for start in tl.range(0, channels, CHANNELS, disable_licm=True):
         channel = start + tl.arange(0, CHANNELS)
-        known = (channel < channels)[:, None] & inside[None, :]
+        known = inside[:, None] & (channel < channels)[None, :]
         features = load_channels(x, channel_stride, channel, known)
         table = load_rows(queries, row, is_row, channel, channels)
-        logits = tl.dot(table, features, logits, input_precision=PRECISION)
+        logits = tl.dot(features, tl.trans(table), logits, input_precision=PRECISION)
         if grad_pooled is not None:
             table = load_rows(grad_pooled, row, is_row, channel, channels)
-            gradients = tl.dot(table, features, gradients, input_precision=PRECISION)
-    weights = tl.exp(logits - tl.load(lse + row, mask=is_row, other=0.0)[:, None])
+            gradients = tl.dot(features, tl.trans(table), gradients, input_precision=PRECISION)
+    weights = tl.exp(logits - tl.load(lse + row, mask=is_row, other=0.0)[None, :])
     weights = tl.where(there, weights, 0.0)
-    gradients = tl.where(there, weights * (gradients - tl.load(delta + row, mask=is_row, other=0.0)[:, None]), 0.0)
+    gradients = tl.where(there, weights * (gradients - tl.load(delta + row, mask=is_row, other=0.0)[None, :]), 0.0)
 
     first += (program - label).to(tl.int64) * max_latents
-    partial, _ = rows_of(image, heads, partial_rows, first, count, HEADS, LATENTS)
-    for start in range(0, channels, CHANNELS):
+    partial, _ = rows_of(part * ROWS, image, heads, partial_rows, first, count, LATENTS, ROWS)
+    for start in tl.range(0, channels, CHANNELS, disable_licm=True):
         channel = start + tl.arange(0, CHANNELS)
-        known = (channel < channels)[:, None] & inside[None, :]
+        known = inside[:, None] & (channel < channels)[None, :]
         features = load_channels(x, channel_stride, channel, known)
         if partial_queries is not None:
-            sums = tl.dot(gradients, tl.trans(features), input_precision=PRECISION)
+            sums = tl.dot(tl.trans(gradients), features, input_precision=PRECISION)
             store_rows(partial_queries, sums, partial, is_row, channel, channels)
         if grad_x is not None:
-            place = image * channels + channel
-            is_channel = channel < channels
-            centred = features - tl.load(mean + place, mask=is_channel, other=0.0)[:, None]
-            result = tl.load(factor + place, mask=is_channel, other=0.0)[:, None] * centred
-            result += tl.load(offset + place, mask=is_channel, other=0.0)[:, None]
+            result = _of_moments(features, offset, factor, mean, image, channel, channels)
             table = load_rows(queries, row, is_row, channel, channels)
-            result = tl.dot(tl.trans(table), gradients, result, input_precision=PRECISION)
+            result = tl.dot(gradients, table, result, input_precision=PRECISION)
             if grad_pooled is not None:
                 table = load_rows(grad_pooled, row, is_row, channel, channels)
-                result = tl.dot(tl.trans(table), weights, result, input_precision=PRECISION)
+                result = tl.dot(weights, table, result, input_precision=PRECISION)
             store_channels(grad_x, grad_channel_stride, channel, result, known)
-    if values is not None:
-        store_values(
-            values, labels, gradients, label, image, pixel, there, inside, heads, max_latents, height * width,
-            HEADS, LATENTS,
-        )  # fmt: skip
+    slot, _ = rows_of(part * ROWS, image, heads, max_latents, 0, count, LATENTS, ROWS)
+    if all_weights is not None:
+        store_values(all_weights, weights, slot, is_row, pixel, inside, height * width)
+    if all_gradients is not None:
+        store_values(all_gradients, gradients, slot, is_row, pixel, inside, height * width)
+        store_labels(labels, label, image, pixel, inside & (part == 0), height * width)
+
+
+@triton.jit
+def _pool_backward_features(
+    x, queries, grad_pooled, offset, factor, mean, cu_latents, offsets, order, all_weights, all_gradients, grad_x,
+    image_stride, channel_stride, row_stride, column_stride,
+    grad_image_stride, grad_channel_stride, grad_row_stride, grad_column_stride,
+    cu_latents_stride, offsets_stride, order_stride,
+    heads, latents, max_latents, num_labels, height, width,
+    channels: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    LATENTS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Some channels of a block, where its rows have several parts."""
+    channel_blocks = tl.cdiv(channels, CHANNELS)
+    image = tl.program_id(1).to(tl.int64)
+    label, begin, end = find_block(
+        offsets + image * offsets_stride, num_labels, height * width, tl.program_id(0) // channel_blocks, PIXELS
+    )
+    if begin >= end:
+        return
+    pixel, inside = pixels_of_block(order + image * order_stride, begin, end, PIXELS)
+    first, count = latents_of(cu_latents + image * cu_latents_stride, num_labels, label)
+    x = pixel_pointers(x, image, pixel, width, image_stride, row_stride, column_stride, FLAT)
+    grad_x = pixel_pointers(grad_x, image, pixel, width, grad_image_stride, grad_row_stride, grad_column_stride, FLAT)
+    channel = tl.program_id(0) % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)
+    known = inside[:, None] & (channel < channels)[None, :]
+    features = load_channels(x, channel_stride, channel, known)
+    result = _of_moments(features, offset, factor, mean, image, channel, channels)
+    for first_row in tl.range(0, heads * LATENTS, ROWS, disable_licm=True):
+        row, is_row = rows_of(first_row, image, heads, latents, first, count, LATENTS, ROWS)
+        slot, _ = rows_of(first_row, image, heads, max_latents, 0, count, LATENTS, ROWS)
+        gradients = load_values(all_gradients, slot, is_row, pixel, inside, height * width)
+        table = load_rows(queries, row, is_row, channel, channels)
+        result = tl.dot(gradients, table, result, input_precision=PRECISION)
+        if grad_pooled is not None:
+            weights = load_values(all_weights, slot, is_row, pixel, inside, height * width)
+            table = load_rows(grad_pooled, row, is_row, channel, channels)
+            result = tl.dot(weights, table, result, input_precision=PRECISION)
+    store_channels(grad_x, grad_channel_stride, channel, result, known)
