@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from bench.gpu import ptxas
 from sca_kernels.backends import BACKENDS
 
-ARCHITECTURES = {"sm_80", "sm_90a", "sm_100"}
+BUILT = os.environ.get("SCA_CUDA_ARCHS", "80 90a 100+PTX")
+ARCHITECTURES = {f"sm_{architecture.removesuffix('+PTX')}" for architecture in BUILT.split()}
 REGISTERS = 65536  # of a multiprocessor, and a block has 256 threads
 STATIC_SHARED_MEMORY = 48 << 10
 
