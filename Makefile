@@ -39,7 +39,7 @@ format: $(VENV)/.installed ## rewrite the sources in the project's style
 
 compile-gpu: $(VENV)/.installed ## compile the kernels for GPUs, which need not be there, and check what came out
 	SCA_CUDA=$(if $(shell command -v nvcc),1,0) $(RUN) setup.py -q build_ext --inplace
-	$(RUN) -m pytest tests/test_triton_compiled.py tests/test_cuda_compiled.py -q
+	$(RUN) -m pytest tests/test_triton_compiled.py tests/test_cuda_compiled.py -q $(PARALLEL)
 
 # On a machine with a GPU. Nothing is installed or downloaded: $(PYTHON) must have PyTorch, Triton and pytest. A part
 # that fails or hangs does not keep the next one from running; a table of what became of each comes last.

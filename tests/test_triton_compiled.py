@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
+import os
 
 import pytest
 import torch
@@ -13,16 +15,18 @@ from bench.gpu import calls
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from bench.gpu.compiling import TARGETS, begin_to_compile
+from bench.gpu.compiling import TARGETS, compile_what_differs
 from bench.gpu.launches import Launch, launches_of
 from sca_kernels import triton
+from sca_kernels.triton import launch
 
 pytestmark = [
     pytest.mark.compiles_gpu,
     pytest.mark.skipif(triton.INTERPRETED, reason="with TRITON_INTERPRET=1 nothing is compiled"),
 ]
 
-CALLS = {str(call): call for call in calls.all_calls()}
+# Half the published sides, which is enough for the same configurations.
+CALLS = {str(call): call for call in calls.all_calls(shrink=2)}
 
 
 @functools.cache
@@ -36,24 +40,36 @@ def cases() -> list[tuple[str, str]]:
     """Float16 has no configurations of its own, so one target will do."""
     return [
         (name, target)
+        for target in os.environ.get("SCA_COMPILE_TARGETS", "").split() or TARGETS
         for name, call in CALLS.items()
-        for target in TARGETS
         if call.dtype != torch.float16 or target == "sm_90"
     ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def begin_with_all(request: pytest.FixtureRequest) -> None:
-    """While a test looks at one kernel, the next ones are compiled already."""
-    for item in request.session.items:
-        if item.path == request.path and isinstance(item, pytest.Function):
-            for launch in launches(item.callspec.params["call"]):
-                begin_to_compile(launch, TARGETS[item.callspec.params["target"]])
-
-
 @pytest.mark.parametrize(("call", "target"), cases())
 def test_compiles_and_fits(call: str, target: str) -> None:
-    for compiled in dict.fromkeys(begin_to_compile(launch, TARGETS[target]).result() for launch in launches(call)):
+    for compiled in compile_what_differs(launches(call), TARGETS[target]):
         assert compiled.spills == 0, compiled
         assert compiled.shared_memory <= TARGETS[target].shared_memory, compiled
         assert compiled.tensor_cores > 0 or not compiled.has_products, compiled
+
+
+def test_calls_use_every_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {
+        (kernel, of_type, of_size)
+        for kernel, types in launch.table()[launch.DEFAULT].items()
+        for of_type, sizes in types.items()
+        for of_size in sizes
+    }
+    used = set()
+    lookup = launch._lookup
+
+    def note(kernel: str, size_class: str, device: str, dtype: str) -> launch.Configuration:
+        names = itertools.product([kernel], (dtype, launch.ANY), (size_class, launch.ANY))
+        used.add(next(name for name in names if name in table))
+        return lookup(kernel, size_class, device, dtype)
+
+    monkeypatch.setattr(launch, "_lookup", note)
+    for call in CALLS.values():
+        launches_of(call.prepare)
+    assert used == table

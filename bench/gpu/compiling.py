@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import subprocess
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,30 +107,39 @@ def compile_for(launch: Launch, target: Target) -> Compiled:
     )
 
 
-@functools.cache
-def _compilers() -> ThreadPoolExecutor:
-    """Threads suffice, since Triton lets go of the interpreter's lock while it compiles."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+_compiled: dict[str, Compiled] = {}
 
 
-_begun: dict[str, Future[Compiled]] = {}
+def compile_what_differs(launches: Sequence[Launch], target: Target) -> list[Compiled]:
+    """What became of those kernels that say something of their own on a target, each compiled once in a process.
 
-
-def begin_to_compile(launch: Launch, target: Target) -> Future[Compiled]:
-    """Compiles beside other kernels, and only once what differs little.
-
-    That is for sm_90 what differs in multiples of 16 alone, for the others what has the same tensors and constants.
+    For sm_90, in float32 and bfloat16, these differ in more than the integers they are specialised for. For other
+    NVIDIA GPUs they have matrix products, and a configuration or types of tensors of their own: what is not a product
+    compiles to much the same for all. For AMD, and in float16, which has no configurations of its own, each kernel is
+    compiled once.
     """
+    keys = {key: launch for launch in launches if (key := _what_differs(launch, target)) is not None}
+    for key, launch in keys.items():
+        if key not in _compiled:
+            _compiled[key] = compile_for(launch, target)
+    return [_compiled[key] for key in keys]
+
+
+def _what_differs(launch: Launch, target: Target) -> str | None:
     signature, constants, _ = _specialize(launch)
-    if target.name != "sm_90":
-        integers = {name for name, value in launch.arguments.items() if isinstance(value, int)} - launch.constants
-        signature, constants = (
-            {name: kind for name, kind in kinds.items() if name not in integers} for kinds in (signature, constants)
-        )
-    key = str((launch.name, target.name, signature, constants, sorted(launch.options.items())))
-    if key not in _begun:
-        _begun[key] = _compilers().submit(compile_for, launch, target)
-    return _begun[key]
+    tensors = {kind for kind in signature.values() if kind.startswith("*")}
+    if target.backend == "hip" or "*fp16" in tensors:
+        return str((target.name, launch.name, "*fp16" in tensors))
+    shape = {name: value for name, value in constants.items() if name.isupper() and not isinstance(value, bool)}
+    if target.name == "sm_90":
+        plain = {name for name, value in launch.arguments.items() if type(value) is int} - shape.keys()
+        details = [
+            {name: kind for name, kind in kinds.items() if name not in plain} for kinds in (signature, constants)
+        ]
+        return str((target.name, launch.name, details, launch.options))
+    if "PRECISION" not in constants:
+        return None
+    return str((target.name, launch.name, sorted(tensors), shape, launch.options))
 
 
 def _specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[Any]]]]:
