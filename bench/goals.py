@@ -132,28 +132,40 @@ _OPERATIONS = (
     "counted: 88 multiply-adds for each number of the map (logits twice, scale and shift, and the gradients of all of "
     "them, for 8 latents), where instance norm has about ten"
 )
+_MIXED_TILES = (
+    "the goal came from a map of rectangles (the row of blocks below): one label in a tile of 8 x 32 pixels. Regions "
+    "leave 2.9 in a tile, which is then turned, so that pixels can be taken one by one: with AVX2 even stripes of 16 "
+    "pixels take "
+)
 _WHY_NOT_LARGE = {
-    False: (
-        "the goal came from a map of rectangles (the row of blocks below): one label in a tile of 8 x 32 pixels. "
-        "Regions leave 2.9 in a tile, which is then turned, so that pixels can be taken one by one: with AVX2 even "
-        "stripes of 16 pixels take twice the time of rectangles, 57 % of it (perf) for turning, which reads and writes "
-        "64 planes in pieces of 128 bytes"
-    ),
-    True: _OPERATIONS,
+    "semantic_modulate": {
+        False: _MIXED_TILES + "twice the time of rectangles, about half of it (perf, and turning alone) for turning",
+        True: _OPERATIONS,
+    },
+    "semantic_pool": {False: _MIXED_TILES + "1.5 times the time of rectangles"},
 }
 _WHY_NOT_SMALL = {
-    False: (
-        "counted: at 8 x 8 the rows of 152 latents (keys, scale, shift) are 1.9 MB, the map is 0.26 MB; and a call of "
-        "instance norm takes so little that the way to the kernel counts"
-    ),
-    True: "counted: at 8 x 8 the rows of 152 latents and their gradients are 3.7 MB, the map and its gradients 0.8 MB",
+    "semantic_modulate": {
+        False: (
+            "counted: at 8 x 8 the rows of 152 latents (keys, scale, shift) are 1.9 MB, the map is 0.26 MB; and a call "
+            "of instance norm takes so little that the way to the kernel counts"
+        ),
+        True: "counted: at 8 x 8 the rows of 152 latents and their gradients are 3.7 MB, the map and its own 0.8 MB",
+    },
+    "semantic_pool": {
+        False: (
+            "counted: with 1,024 channels the rows of 152 latents and what they pool are 1.2 MB, the map is 0.26 MB at "
+            "8 x 8 and 1 MB at 16 x 16"
+        ),
+    },
 }
+_IN_TURNS = (
+    "measured with other operators, not in turns with the dense formulations, which leave nothing of the map in the "
+    "caches, it is {} of instance norm's time with AVX-512 and {} with AVX2"
+)
 _WHY_NOT_BLOCKS = {
-    False: (
-        "measured alone it takes half of instance norm's time with AVX-512 and as much as it with AVX2; in turns with "
-        "the dense formulations, which leave nothing of the map in the caches, more"
-    ),
-    True: _OPERATIONS,
+    "semantic_modulate": {False: _IN_TURNS.format("0.5 to 0.6", "0.95"), True: _OPERATIONS},
+    "semantic_pool": {False: _IN_TURNS.format("0.35 to 0.5", "0.65")},
 }
 _WHY_NOT_MODULE = (
     "profiled (AVX2): 60 to 80 % of the time are the operators themselves, 5 to 20 % products of the latents, 5 to "
@@ -185,8 +197,8 @@ def _of_operator(operator: str) -> list[Target]:
             reason=reasons[backward],
         )
         for where, rows, goals, reasons in (
-            ("64 and 128 channels", _LARGE, large, _WHY_NOT_LARGE),
-            ("64 x 64 and below", _SMALL, small, _WHY_NOT_SMALL),
+            ("64 and 128 channels", _LARGE, large, _WHY_NOT_LARGE[operator]),
+            ("64 x 64 and below", _SMALL, small, _WHY_NOT_SMALL[operator]),
         )
         for backward, name in passes
         if backward in goals
@@ -197,7 +209,7 @@ def _of_operator(operator: str) -> list[Target]:
             rf"{operator} on label maps, {re.escape(name)}: .*",
             "blocks, 19 labels",
             large[backward],
-            reason=_WHY_NOT_BLOCKS[backward],
+            reason=_WHY_NOT_BLOCKS[operator][backward],
         )
         for backward, name in passes
         if backward in large
