@@ -237,13 +237,26 @@ def _value_bar(entry: Measurement, unit: str) -> Bar:
 
 def _problems(comparisons: Sequence[Recorded]) -> list[str]:
     """Who is not in a picture, and why."""
-    rows: dict[str, list[str]] = {}
+    taking_part: dict[str, list[Recorded]] = {}
+    missing: dict[tuple[str, str], list[Recorded]] = {}
     for comparison in comparisons:
         for entry in comparison.measurements.values():
+            taking_part.setdefault(entry.name, []).append(comparison)
             if entry.name not in comparison.shown:
-                rows.setdefault(f"`{entry.name}` {entry.problem or 'was not checked'}", []).append(_short(comparison))
-    lines = [f"- Not shown: {problem} ({_listed(where)})." for problem, where in rows.items()]
+                missing.setdefault((entry.name, entry.problem or "was not checked"), []).append(comparison)
+    lines = [
+        f"- Not shown: `{name}` {problem}, {'everywhere' if where == taking_part[name] else 'in ' + _places(where)}."
+        for (name, problem), where in missing.items()
+    ]
     return [*lines, ""] if lines else []
+
+
+def _places(comparisons: Sequence[Recorded]) -> str:
+    """Enough to find them in the tables: the title of each table once, then its rows."""
+    rows: dict[str, list[str]] = {}
+    for comparison in comparisons:
+        rows.setdefault(comparison.table.split(":")[0], []).append(comparison.row)
+    return ", ".join(f"{title} ({'; '.join(own)})" for title, own in rows.items())
 
 
 def _tables(comparisons: Sequence[Recorded]) -> list[str]:

@@ -49,9 +49,9 @@ def line(contender: str, median: float | None = 2.0, *, ratio: float | None = 1.
     return json.dumps({**entry, **changes})
 
 
-def failed(contender: str) -> str:
+def failed(contender: str, **changes: Any) -> str:
     nothing = {"quartiles": [None, None], "ratio_quartiles": None}
-    return line(contender, None, ratio=None, problem="failed: relative error 1.0e+00 > 1e-05", **nothing)
+    return line(contender, None, ratio=None, problem="failed: relative error 1.0e+00 > 1e-05", **nothing, **changes)
 
 
 def page_of(lines: Sequence[str], folder: Path) -> tuple[str, str]:
@@ -163,6 +163,19 @@ def test_the_page_states_what_ran_where(tmp_path: Path) -> None:
     assert all(f"(performance/{name})" in page for name in pictures)
     drawn = (tmp_path / "docs" / "performance" / "processor-2-avx2-cross-attention.svg").read_text()
     assert "17x" in drawn and "SDPA" not in drawn
+
+
+def test_what_is_not_shown_is_listed_once(tmp_path: Path) -> None:
+    more = {"row": "65,536 pixels, 151 labels"}
+    lines = [line("ours"), line("loop"), failed("SDPA"), failed("Flex")]
+    lines += [line("ours", **more), line("loop", **more, problem="skipped: slow"), failed("SDPA", **more)]
+    page, _ = page_of(lines, tmp_path)
+    listed = [found for found in page.splitlines() if found.startswith("- Not shown")]
+    assert listed == [
+        "- Not shown: `SDPA` failed: relative error 1.0e+00 > 1e-05, everywhere.",
+        "- Not shown: `Flex` failed: relative error 1.0e+00 > 1e-05, everywhere.",
+        "- Not shown: `loop` skipped: slow, in Pixels attend to latents, forward (65,536 pixels, 151 labels).",
+    ]
 
 
 def test_the_same_results_make_the_same_files(tmp_path: Path) -> None:
