@@ -58,6 +58,7 @@ class Chart:
 
 
 PASSES = ("forward", "forward + backward")
+OTHER = "other operators"  # of a model, where its time is taken apart
 _ESCAPED = {name: name.replace("+", r"\+") for name in PASSES}
 _RATIO = "Bars: the time of each as a multiple of ours in the same run, so above 1 (the dashed line) ours is faster."
 _FIRST = r"(64 channels, 256 x 256|128 channels, 128 x 128|512 channels, 32 x 32).*"
@@ -195,7 +196,8 @@ CHARTS = [
     Chart(
         "breakdown",
         "Where the time of a model goes",
-        "By PyTorch's profiler, before (published) and after (ours). The profiler makes a run a few percent slower.",
+        "By PyTorch's profiler, before (published) and after (ours). The profiler makes a run a few percent slower. "
+        f"Parts that are small everywhere are among the {OTHER}; docs/profile.md has them.",
         "parts",
         [Panel(name, rf"Where the time goes, {name}: .*") for name in ("inference", "training step")],
     ),

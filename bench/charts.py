@@ -6,6 +6,7 @@ both. The same figures give the same file, byte for byte.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 TEXT = "#757b82"
@@ -121,26 +123,32 @@ def bars(
         _save(figure, path)
 
 
-def stacks(groups: Sequence[Group], path: Path, *, label: str) -> None:
-    """One horizontal bar per group, made of its parts."""
+def stacks(panels: Sequence[tuple[str, Sequence[Group]]], path: Path, *, label: str) -> None:
+    """One horizontal bar per group, made of its parts; each panel has a scale of its own."""
     with pyplot.style.context(_STYLE):
-        names = list(dict.fromkeys(bar.name for group in groups for bar in group.bars))
-        figure, axes = pyplot.subplots(figsize=(_WIDTH, 0.42 * len(groups) + 0.3 * (len(names) // 3 + 1) + 0.6))
-        colours = dict(zip(names, (OURS, *COLOURS), strict=False))
-        for place, group in enumerate(groups):
-            left = 0.0
-            for bar in group.bars:
-                axes.barh(-place, bar.value, left=left, height=0.62, color=colours[bar.name], label=bar.name)
-                left += bar.value
-            total = group.bars[0].text if group.bars else ""
-            axes.annotate(total, (left, -place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set_yticks([-place for place in range(len(groups))], [group.name for group in groups])
-        axes.tick_params(axis="y", length=0)
-        axes.margins(x=0.12)
-        axes.set_xlabel(label)
-        handles, labels = axes.get_legend_handles_labels()
-        by_name = dict(zip(labels, handles, strict=True))
-        axes.legend(by_name.values(), by_name, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
+        names = list(dict.fromkeys(bar.name for _, groups in panels for group in groups for bar in group.bars))
+        colours = dict(zip(names, itertools.cycle((OURS, *COLOURS))))
+        rows = sum(len(groups) for _, groups in panels)
+        height = 0.32 * rows + 0.62 * len(panels) + 0.22 * (len(names) // 3 + 1)
+        figure, all_axes = pyplot.subplots(
+            len(panels), 1, figsize=(_WIDTH, height), squeeze=False, layout="constrained",
+            height_ratios=[len(groups) + 1 for _, groups in panels],
+        )  # fmt: skip
+        for (title, groups), axes in zip(panels, all_axes[:, 0], strict=True):
+            axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
+            for place, group in enumerate(groups):
+                left = 0.0
+                for bar in group.bars:
+                    axes.barh(-place, bar.value, left=left, height=0.62, color=colours[bar.name], label=bar.name)
+                    left += bar.value
+                total = group.bars[0].text if group.bars else ""
+                axes.annotate(total, (left, -place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.set_yticks([-place for place in range(len(groups))], [group.name for group in groups])
+            axes.tick_params(axis="y", length=0)
+            axes.margins(x=0.12)
+        all_axes[-1, 0].set_xlabel(label)
+        patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
+        figure.legend(handles=patches, loc="outside upper left", ncols=3, fontsize=8)
         _save(figure, path)
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import charts, recorded
-from .catalogue import CHARTS, NOT_RUN, Chart, Panel
+from .catalogue import CHARTS, NOT_RUN, OTHER, Chart, Panel
 from .charts import Bar, Curve, Group
 from .goals import TARGETS, Target
 from .recorded import Machine, Measurement, Ratio, Recorded
@@ -158,8 +158,7 @@ def _draw(chart: Chart, comparisons: Sequence[Recorded], path: Path) -> list[Rec
     if chart.kind == "growth":
         charts.curves(panels, path, x_label=chart.axis, y_label=unit)
     elif chart.kind == "parts":
-        whole = [Group(f"{group.name}, {title}", group.bars) for title, groups in panels for group in groups]
-        charts.stacks(whole, path, label=unit)
+        charts.stacks(_without_small_parts(_split(panels)), path, label=unit)
     elif chart.kind == "ratios":
         charts.bars(panels, path, label="time as a multiple of ours", logarithmic=True, against=1.0)
     elif chart.kind == "floor":
@@ -168,6 +167,37 @@ def _draw(chart: Chart, comparisons: Sequence[Recorded], path: Path) -> list[Rec
     else:
         charts.bars(panels, path, label=unit)
     return sources
+
+
+def _split(panels: Sequence[tuple[str, Sequence[Group]]]) -> list[tuple[str, list[Group]]]:
+    """Panels of the rows that begin alike: "ADE20K, before" becomes the bar "before" of the panel "..., ADE20K"."""
+    split: dict[str, list[Group]] = {}
+    for title, groups in panels:
+        for group in groups:
+            beginning, _, name = group.name.rpartition(", ")
+            split.setdefault(f"{title}, {beginning}", []).append(replace(group, name=name))
+    return list(split.items())
+
+
+_SMALL = 0.03  # of a whole
+
+
+def _without_small_parts(panels: Sequence[tuple[str, Sequence[Group]]]) -> list[tuple[str, list[Group]]]:
+    """Puts the parts that are small wherever they occur with the others, the largest first."""
+    largest: dict[str, float] = {}
+    for _, groups in panels:
+        for group in groups:
+            whole = sum(bar.value for bar in group.bars)
+            for bar in group.bars:
+                largest[bar.name] = max(largest.get(bar.name, 0.0), bar.value / whole)
+
+    def merged(group: Group) -> Group:
+        shown = [bar for bar in group.bars if bar.name != OTHER and largest[bar.name] >= _SMALL]
+        rest = sum(bar.value for bar in group.bars) - sum(bar.value for bar in shown)
+        order = sorted(shown, key=lambda bar: -largest[bar.name])
+        return replace(group, bars=[*order, Bar(OTHER, rest, text=group.bars[0].text)])
+
+    return [(title, [merged(group) for group in groups]) for title, groups in panels]
 
 
 def _content(chart: Chart, panel: Panel, found: Sequence[Recorded]) -> list[Group] | list[Curve]:

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from . import label_maps, report, timing
 from .bench_scam_models import MEMORY_ORDER
+from .catalogue import OTHER
 from .report import Comparison
 from .run import current_allocator
 from .timing import Contender, Figure
@@ -47,7 +48,6 @@ PARTS_OF_PUBLISHED = {
     "batch_norm": "instance norms",
     "copy_": "copies",
 }
-OTHER = "other operators"
 OUTSIDE = "Python, the way to the operators, the profiler"
 
 

@@ -178,6 +178,36 @@ def test_what_is_not_shown_is_listed_once(tmp_path: Path) -> None:
     ]
 
 
+def test_small_parts_are_among_the_others(tmp_path: Path) -> None:
+    table = "Where the time goes, inference: k = 8, batch 1, float32"
+    parts = {
+        "before": {"convolutions": 40.0, "softmax": 8.0, "plans": 1.0, "other operators": 51.0},
+        "after": {"convolutions": 40.0, "softmax": 0.5, "plans": 0.5, "other operators": 9.0},
+    }
+    page, _ = page_of(
+        [
+            line(name, value, table=table, row=f"ADE20K, {when}", ratio=None, ratio_quartiles=None)
+            for when, values in parts.items()
+            for name, value in values.items()
+        ],
+        tmp_path,
+    )
+    assert "Where the time of a model goes" in page
+    drawn = (tmp_path / "docs" / "performance" / "processor-2-avx2-breakdown.svg").read_text()
+    for text in (
+        "inference, ADE20K",
+        "before",
+        "after",
+        "convolutions",
+        "softmax",
+        "other operators",
+        "100 ms",
+        "50 ms",
+    ):
+        assert f">{text}<" in drawn, text
+    assert "plans" not in drawn
+
+
 def test_the_same_results_make_the_same_files(tmp_path: Path) -> None:
     results = tmp_path / "results"
     results.mkdir()
@@ -225,12 +255,17 @@ def test_pictures_hold_what_they_are_given(tmp_path: Path) -> None:
     )
     charts.curves([("left", [Curve("ours", [(1, 1), (1e6, 10)])])], tmp_path / "curves.svg", x_label="x", y_label="y")
     charts.stacks(
-        [Group("step", [Bar("convolutions", 3.0, text="10 ms"), Bar("rest", 7.0)])], tmp_path / "stacks.svg", label="ms"
+        [
+            ("model", [Group("step", [Bar("convolutions", 3.0, text="10 ms"), Bar("rest", 7.0)])]),
+            ("another", [Group("step", [Bar("products", 30.0, text="30 ms")])]),
+        ],
+        tmp_path / "stacks.svg",
+        label="ms",
     )
     for name, texts in {
         "bars": ("top", "group", "one", "two", "axis"),
         "curves": ("left", "ours", "1M"),
-        "stacks": ("step", "convolutions", "rest", "10 ms"),
+        "stacks": ("model", "another", "step", "convolutions", "rest", "products", "10 ms", "30 ms"),
     }.items():
         picture = (tmp_path / f"{name}.svg").read_text()
         assert all(f">{text}<" in picture for text in texts), name
