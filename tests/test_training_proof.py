@@ -202,10 +202,10 @@ def test_the_page_says_what_the_figures_say(tmp_path: Path) -> None:
         "- wall and floor, generator: latents divide it, and the division follows the picture (information 0.60" in page
     )
     cells = "12 | 0.70 | 0.90 | 0.71 | 0.50 | 0.01 | 0.25 | 0.50 / 0.20, 0.50 / 0.30 |"
-    assert f"| two kinds of cloth | encoder, level 0 | {cells}" in page
+    assert f"| two kinds of cloth | encoder at level 0 | {cells}" in page
     assert "0.25 for wall and floor and 0.25 for two kinds of cloth" in page
     summary = (
-        "wall and floor by generator; encoder, level 0; encoder, level 1, and two kinds of cloth by encoder, level 0."
+        "wall and floor: generator, encoder at level 0, encoder at level 1; two kinds of cloth: encoder at level 0."
     )
     assert summary in page
     assert page.count("level 1: latents divide it by position") == 1
@@ -221,7 +221,7 @@ def test_the_page_says_what_the_figures_say(tmp_path: Path) -> None:
         ([(0.6, 0.2), (0.6, 0.5)], "and the division follows the picture (information 0.60, misplaced 0.35"),
     ],
 )
-@pytest.mark.parametrize("attention", ["generator", "encoder, level 1"])
+@pytest.mark.parametrize("attention", ["generator", "encoder at level 1"])
 def test_divisions_are_claimed_only_where_they_follow_the_picture(
     tmp_path: Path, attention: str, figures: list[tuple[float, float]], found: str
 ) -> None:
@@ -236,7 +236,5 @@ def test_divisions_are_claimed_only_where_they_follow_the_picture(
     page = written(tmp_path, results)
     (line,) = (line for line in page.splitlines() if line.startswith(f"- two kinds of cloth, {attention}: "))
     assert found in line
-    follows = (
-        f"two kinds of cloth by {attention}." if "the division follows the picture (" in found else "cloth by none."
-    )
+    follows = f"two kinds of cloth: {attention}." if "the division follows the picture (" in found else "cloth: none."
     assert follows in page

@@ -57,14 +57,16 @@ latents, and with 1.*
 ## What attention divides
 
 The label `background` holds a wall and a floor, and in half of the people the label `top` holds two kinds of cloth.
-Nothing tells the model. {summary}
+Nothing tells the model.
+
+{summary}
 
 In the *generator* pixels attend to latents, and each pixel is taken for the latent of its label that it attends to
 most in the last modulation. What a pixel knows there comes from its place, the label map and the latents, which all
-pixels share. In the *encoder* latents attend to pixels of the picture, level by level: 0 is
-the picture itself, and each next level has half the height and width. Each pixel is taken for the latent of its label
-from which it gets most of the attention that it gets (`Scam.encoder_attention`), and a level is enlarged to the
-picture; pixels whose place on the level has another label are a part of their own.
+pixels share. In the *encoder* latents attend to pixels of the picture, level by level: 0 is the picture itself, and
+each next level has half the height and width. Each pixel is taken for the latent of its label from which it gets most
+of the attention that it gets (`Scam.encoder_attention`), and a level is enlarged to the picture; pixels whose place on
+the level has another label are a part of their own.
 
 Each division of a region is compared with the true one: purity, the share of pixels that are right if each latent
 stands for what most of its pixels are, and normalised mutual information, 1 for the same division and 0 for unrelated
@@ -72,13 +74,14 @@ ones. *Shuffled* is what comes out when the pixels of the region have changed pl
 that position alone would find just as likely: the horizon of another picture, and for cloth the other seam, across the
 chest where it is along the body. Cloth is measured in every picture with either seam, so what goes by position alone
 has exactly as much of both. What exceeds *misplaced* follows the picture; what does not is where such things usually
-are. The true division itself has an information of 1, and, misplaced, of {perfect}.
+are. The true division itself has an information of 1, and, misplaced, of
+{perfect}.
 
 {divisions}
 
 All figures are means over pictures and seeds, but for the last column, which has information and information,
-misplaced, of each seed. The division is said to follow the picture where the first exceeds the second by
-{least_difference} from every seed. Latents that share one kind of cloth, or divide its pattern, lower the information.
+misplaced, of each seed. The division is said to follow the picture where the first exceeds the second by {least_difference}
+from every seed. Latents that share one kind of cloth, or divide its pattern, lower the information.
 
 {divided}
 
@@ -213,7 +216,7 @@ _LEAST_DIFFERENCE = 0.05  # of information, for a claim
 
 
 def _attentions(most: Sequence[Result]) -> list[str]:
-    return ["generator", *(f"encoder, level {level}" for level in range(len(most[0].encoder_surfaces)))]
+    return ["generator", *(f"encoder at level {level}" for level in range(len(most[0].encoder_surfaces)))]
 
 
 def _divisions(most: Sequence[Result], region: str, attention: str) -> list[Division]:
@@ -243,8 +246,8 @@ def _division_summary(most: Sequence[Result]) -> str:
         following = [
             attention for attention in _attentions(most) if _following(_divisions(most, region, attention)) == len(most)
         ]
-        found.append(f"{region} by {'; '.join(following)}" if following else f"{region} by none")
-    return f"Divided as the picture is, from every seed: {', and '.join(found)}."
+        found.append(f"{region}: {', '.join(following) or 'none'}")
+    return f"Where the division follows the picture from every seed: {'; '.join(found)}."
 
 
 def _division_verdict(most: Sequence[Result], region: str, attention: str) -> str:
