@@ -80,8 +80,8 @@ are. The true division itself has an information of 1, and, misplaced, of
 {divisions}
 
 All figures are means over pictures and seeds, but for the last column, which has information and information,
-misplaced, of each seed. The division is said to follow the picture where the first exceeds the second by {least_difference}
-from every seed. Latents that share one kind of cloth, or divide its pattern, lower the information.
+misplaced, of each seed. The division is said to follow the picture where the first exceeds the second by
+{least_difference} from every seed. Latents that share one kind of cloth, or divide its pattern, lower the information.
 
 {divided}
 
