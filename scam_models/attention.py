@@ -1,11 +1,14 @@
-"""How much each pixel attends to the latents of its label."""
+"""How much each pixel and the latents of its label attend to each other."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from sca_kernels import LabelMap, LatentLayout
 
 
 class StrongestLatents(NamedTuple):
@@ -26,7 +29,7 @@ class StrongestLatents(NamedTuple):
 
 
 class LatentAttention(NamedTuple):
-    """How much each pixel attends to each latent of its label.
+    """How much each pixel attends to each latent of its label, or gets from it, where latents attend to pixels.
 
     Attributes:
         first: (B, height, width) int64, the number of the first latent of each pixel's label.
@@ -43,6 +46,32 @@ class LatentAttention(NamedTuple):
 
     first: Tensor
     weights: Tensor
+
+    @classmethod
+    def from_heads(cls, weights: Tensor, layout: LatentLayout, labels: LabelMap) -> LatentAttention:
+        """The mean over heads.
+
+        Args:
+            weights: (B, H, k, height, width), see :func:`sca_kernels.folding.attention_weights`.
+            layout: of the latents.
+            labels: of any resolution, for B images or one for all.
+        """
+        label = labels.at(*weights.shape[3:]).labels.long().expand(len(weights), -1, -1)
+        return cls(layout.offsets(label.device)[label.clamp(0, layout.num_labels - 1)], weights.mean(1))
+
+    def at(self, height: int, width: int) -> LatentAttention:
+        """The same at another resolution, by the rule of ``interpolate(mode="nearest")``, like :meth:`LabelMap.at`.
+
+        Example:
+            >>> attention = LatentAttention(torch.tensor([[[3, 0]]]), torch.tensor([[[[0.2, 1.0]], [[0.8, 0.0]]]]))
+            >>> attention.at(2, 4).strongest().latent.tolist()
+            [[[4, 4, 0, 0], [4, 4, 0, 0]]]
+        """
+        if (height, width) == self.first.shape[1:]:
+            return self
+        # Numbers of latents are exact in float64, which interpolation takes.
+        first = F.interpolate(self.first.unsqueeze(1).double(), (height, width)).squeeze(1).long()
+        return LatentAttention(first, F.interpolate(self.weights, (height, width)))
 
     def strongest(self) -> StrongestLatents:
         """The latent with the largest weight."""

@@ -13,7 +13,7 @@ from sca_kernels import LabelMap
 from .attention import LatentAttention, StrongestLatents
 from .checkpoints import SavedModel, read_model, write_weights
 from .configurations import ScamConfiguration
-from .encoder import Encoder
+from .encoder import Encoder, EncoderBlock
 from .errors import InputError
 from .generator import Generator, GeneratorBlock
 from .latents import Latents, between, take_latents
@@ -290,6 +290,52 @@ class Scam(nn.Module):
             self.generator(labels, latents)
         finally:
             handle.remove()
-        layout = self.generator.configuration.layout
-        label = labels.labels.long().expand(len(weights[0]), -1, -1)
-        return LatentAttention(layout.offsets(label.device)[label.clamp(0, layout.num_labels - 1)], weights[0].mean(1))
+        return LatentAttention.from_heads(weights[0], self.generator.configuration.layout, labels)
+
+    @torch.no_grad()
+    def encoder_attention(self, image: Tensor, labels: LabelMap, *, level: int = 0) -> LatentAttention:
+        """How much of the attention that each pixel gets in the encoder comes from each latent of its label.
+
+        The latents attend to one level of the image after the other. With a_jp for how much latent j attends to pixel
+        p, summing to 1 over the pixels of its label, a pixel's weights are a_jp / sum_i a_ip over the latents i of its
+        label; they are the mean over heads, see :func:`sca_kernels.folding.attention_shares`. Where :meth:`attention`
+        sees labels and latents only, what divides a region here is what the image shows.
+
+        Args:
+            image, labels: as given to the encoder.
+            level: what the latents attend to: 0, the image itself, or 1, 2, ..., each of half the height and width of
+                the one before. Without a pyramid every level is the image, and blocks are numbered. A latent of level
+                b is what it is in front of the block of that level; with ``reversed_levels`` the last block has
+                level 0.
+
+        Returns:
+            a :class:`LatentAttention`, of the level's size: its label map is ``labels.at(height, width)``.
+
+        Raises:
+            TypeError: if ``labels`` is not a label map.
+            ValueError: if the encoder has no such level, or as the encoder.
+
+        Example:
+            >>> from scam_models import tiny
+            >>> model = Scam.from_configuration(tiny())
+            >>> labels = LabelMap.from_labels(torch.full((1, 64, 64), 2), num_labels=3)
+            >>> attention = model.encoder_attention(torch.rand(1, 3, 64, 64) * 2 - 1, labels, level=1)
+            >>> attention.weights.shape, bool((attention.weights.sum(1) - 1).abs().max() < 1e-5)
+            (torch.Size([1, 4, 32, 32]), True)
+        """
+        configuration = self.encoder.configuration
+        if not 0 <= level < configuration.num_blocks:
+            raise ValueError(f"level: expected one from 0 to {configuration.num_blocks - 1}, got {level}")
+        block = self.encoder.blocks[-1 - level if configuration.reversed_levels else level]
+        assert isinstance(block, EncoderBlock)
+        weights: list[Tensor] = []
+
+        def look(module: nn.Module, inputs: tuple[Tensor, Tensor, LabelMap]) -> None:
+            weights.append(block.cross_attention.attention_shares(*inputs))
+
+        handle = block.cross_attention.register_forward_pre_hook(look)
+        try:
+            self.encoder(image, labels)
+        finally:
+            handle.remove()
+        return LatentAttention.from_heads(weights[0], configuration.layout, labels)

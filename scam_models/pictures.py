@@ -93,11 +93,11 @@ def label_picture(labels: Tensor, num_labels: int) -> Tensor:
 
 
 def strongest_picture(strongest: StrongestLatents, layout: LatentLayout) -> Tensor:
-    """Each pixel in the colour of the latent that it attends to most, see :func:`latent_colours`; grey without one.
+    """Each pixel in the colour of its strongest latent, see :func:`latent_colours`; grey without one.
 
     Args:
-        strongest: of a model, see :meth:`scam_models.Scam.strongest_latents`.
-        layout: of its generator.
+        strongest: of a model, see :meth:`scam_models.Scam.strongest_latents`, or of a :class:`LatentAttention`.
+        layout: of its generator, or encoder.
 
     Returns:
         (B, 3, height, width).
@@ -114,10 +114,11 @@ def heat_picture(attention: LatentAttention, layout: LatentLayout, latent: int, 
     """How much pixels attend to one latent: from black, not at all, over red and yellow to white, to nothing else.
 
     Args:
-        attention: of a model, see :meth:`scam_models.Scam.attention`.
-        layout: of its generator.
+        attention: of a model, see :meth:`scam_models.Scam.attention` and :meth:`scam_models.Scam.encoder_attention`.
+        layout: of its generator, or encoder.
         latent: its number.
-        image: (B, 3, height, width), which is shown dark and grey where pixels attend to latents of other labels.
+        image: (B, 3, height, width), of the attention's size, which is shown dark and grey where pixels attend to
+            latents of other labels.
 
     Returns:
         like ``image``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import published_formulas as published
@@ -13,8 +14,16 @@ from tokens import error_ratio, random_map
 from torch import Tensor, nn
 
 from sca_kernels import LabelMap, LatentLayout
-from sca_kernels.folding import FoldingChoice, attention_weights
-from sca_kernels.nn import AttentionLayers, Convolution, Linear, MapEncoder, SemanticModulation, sinusoidal_encoding
+from sca_kernels.folding import FoldingChoice, SeparableEncoding, attention_shares, attention_weights
+from sca_kernels.nn import (
+    AttentionLayers,
+    Convolution,
+    Linear,
+    MapEncoder,
+    SemanticAttentionTransformer,
+    SemanticModulation,
+    sinusoidal_encoding,
+)
 from sca_kernels.nn.layers import project_pixels
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -203,16 +212,22 @@ def test_slope(map_encoder):
     torch.testing.assert_close(steeper(*inputs)[0], expected, rtol=1e-13, atol=1e-13)
 
 
+def by_place(weights: Tensor, labels: LabelMap) -> Tensor:
+    """From (B, H, m, n) for all latents to (B, H, k, height, width) for those of each pixel's label."""
+    planes = weights.new_zeros(*weights.shape[:2], LAYOUT.max_per_label, labels.height, labels.width)
+    for label, (begin, end) in enumerate(pairwise(LAYOUT.cu_latents)):
+        of_label = (labels.labels == label)[:, None, None]
+        planes[:, :, : end - begin] += weights[:, :, begin:end].unflatten(3, planes.shape[3:]) * of_label
+    return planes
+
+
 @pytest.mark.parametrize("num_heads", [1, 3])
 @pytest.mark.parametrize("concatenated", [False, True])
 def test_attention_weights(concatenated, num_heads):
     labels = make_labels()
     extra = 4 if concatenated else 0
     layers = randomised(AttentionLayers(CHANNELS + extra, LATENT_DIM, ATTENTION_DIM, num_heads, out_dim=CHANNELS))
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(2, CHANNELS, 7, 9, generator=generator, dtype=torch.float64).requires_grad_()
-    latents = torch.randn(2, LAYOUT.count, LATENT_DIM, generator=generator, dtype=torch.float64).requires_grad_()
-    encoding = sinusoidal_encoding(7, 9, extra or CHANNELS, concatenated=concatenated, dtype=torch.float64)
+    x, latents, encoding = features_and_latents(extra)
     found = attention_weights(x, latents, LAYOUT, labels, layers.projections, encoding=encoding)
     assert found.shape == (2, num_heads, 4, 7, 9)
 
@@ -220,13 +235,70 @@ def test_attention_weights(concatenated, num_heads):
     key = layers.key(latents).unflatten(2, (num_heads, -1))
     logits = torch.einsum("bnhd,bmhd->bhmn", query, key) / (ATTENTION_DIM // num_heads) ** 0.5
     owned = (planes_of(labels).flatten(2) > 0).unsqueeze(1)
-    weights = torch.where(owned, logits, -torch.inf).softmax(2).nan_to_num()
-    expected = torch.zeros_like(found)
-    for label, (begin, end) in enumerate(zip(LAYOUT.cu_latents, LAYOUT.cu_latents[1:], strict=False)):
-        of_label = (labels.labels == label)[:, None, None]
-        expected[:, :, : end - begin] += weights[:, :, begin:end].unflatten(3, (7, 9)) * of_label
+    expected = by_place(torch.where(owned, logits, -torch.inf).softmax(2).nan_to_num(), labels)
     assert_agree([found], [expected], [x, latents, layers.query.weight, layers.key.weight])
     assert not found[:, :, :, 0, 0][labels.labels[:, 0, 0] < 0].any()
+
+
+@pytest.mark.parametrize("num_heads", [1, 3])
+@pytest.mark.parametrize("concatenated", [False, True])
+def test_attention_shares(concatenated, num_heads):
+    """Weights of all latents over all pixels, as the definition has them, divided by what each pixel gets."""
+    labels = make_labels()
+    extra = 4 if concatenated else 0
+    layers = randomised(AttentionLayers(LATENT_DIM, CHANNELS + extra, ATTENTION_DIM, num_heads))
+    x, latents, encoding = features_and_latents(extra)
+    found = attention_shares(latents, x, LAYOUT, labels, layers.projections, encoding=encoding)
+    assert found.shape == (2, num_heads, 4, 7, 9)
+
+    query = layers.query(latents).unflatten(2, (num_heads, -1))
+    key = layers.key(encoding.encode(x).flatten(2).mT).unflatten(2, (num_heads, -1))
+    logits = torch.einsum("bmhd,bnhd->bhmn", query, key) / (ATTENTION_DIM // num_heads) ** 0.5
+    owned = (planes_of(labels).flatten(2) > 0).unsqueeze(1)
+    given = by_place(torch.where(owned, logits, -1e3).softmax(3) * owned, labels)
+    total = given.sum(2, keepdim=True)
+    has_latents = total > 0
+    expected = torch.where(has_latents, given / total.where(has_latents, 1), 0)
+    assert_agree([found], [expected], [x, latents, layers.query.weight, layers.key.weight])
+    assert 0 < has_latents.double().mean() < 1 and not found.where(~has_latents, 0).any()
+
+
+def test_attention_shares_of_pixels_that_get_next_to_nothing():
+    """Their weights are zero in float32; the shares are not."""
+    labels = LabelMap.from_labels(torch.full((2, 7, 9), 4), LAYOUT.num_labels)
+    layers = randomised(AttentionLayers(LATENT_DIM, CHANNELS, ATTENTION_DIM))
+    x, latents, encoding = features_and_latents(0)
+    x = x.detach() * 60
+    latents = latents.detach()
+    exact = attention_shares(latents, x, LAYOUT, labels, layers.projections, encoding=encoding)
+    query, key = layers.query(latents), layers.key(encoding.encode(x).flatten(2).mT)
+    weights = ((query @ key.mT) / ATTENTION_DIM**0.5).float().softmax(2)[:, -4:]
+    assert (weights.sum(1) == 0).any()
+    single = attention_shares(latents.float(), x.float(), LAYOUT, labels, layers.float().projections, encoding=encoding)
+    torch.testing.assert_close(single.sum(2), torch.ones(2, 1, 7, 9))
+    torch.testing.assert_close(single.double(), exact, rtol=0, atol=1e-3)
+
+
+def test_attention_shares_of_a_block_of_latents():
+    """Where each label has one pixel alone, every latent of it gives all to that pixel; otherwise shares are uneven."""
+    layout = LatentLayout((3, 2))
+    block = randomised(SemanticAttentionTransformer(layout, LATENT_DIM, 6, channels=CHANNELS, encoding_channels=4))
+    latents, x = torch.randn(1, 5, LATENT_DIM).double(), torch.randn(1, CHANNELS, 2, 2).double()
+    labels = LabelMap.from_labels(torch.tensor([[0, 1], [-1, -1]]), num_labels=2)
+    shares = block.attention_shares(latents, x, labels)
+    expected = torch.tensor([[1 / 3, 1 / 2, 0, 0], [1 / 3, 1 / 2, 0, 0], [1 / 3, 0, 0, 0]]).double()
+    torch.testing.assert_close(shares.flatten(3)[0, 0], expected)
+    finer = block.attention_shares(latents, x, labels.at(4, 4))
+    assert torch.equal(finer, shares)
+
+
+def features_and_latents(extra: int) -> tuple[Tensor, Tensor, SeparableEncoding]:
+    """Features, latents, and an encoding that has ``extra`` channels of its own, if any."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, CHANNELS, 7, 9, generator=generator, dtype=torch.float64).requires_grad_()
+    latents = torch.randn(2, LAYOUT.count, LATENT_DIM, generator=generator, dtype=torch.float64).requires_grad_()
+    encoding = sinusoidal_encoding(7, 9, extra or CHANNELS, concatenated=extra > 0, dtype=torch.float64)
+    return x, latents, encoding
 
 
 def test_attention_weights_of_a_modulation():

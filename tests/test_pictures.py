@@ -19,6 +19,7 @@ from torch import Tensor
 from sca_kernels import LabelMap, LatentLayout
 from scam_models import LatentAttention, LatentDistribution, Scam, tiny
 from scam_models.checkpoints import SavedModel, write_weights
+from scam_models.cli.models import load_model, read_image
 from scam_models.data import PRESETS
 from scam_models.latents import between
 from scam_models.pictures import grid, heat_picture, label_colours, label_picture, latent_colours, strongest_picture
@@ -159,6 +160,14 @@ def size(path: Path) -> tuple[int, int]:
         return image.size
 
 
+def read_picture(path: Path) -> Tensor:
+    """(3, height, width), from -1 to 1."""
+    with Image.open(path) as image:
+        width, height = image.size
+        pixels = torch.tensor(list(image.tobytes()), dtype=torch.float32)
+    return pixels.view(height, width, 3).permute(2, 0, 1) / 127.5 - 1
+
+
 @pytest.mark.usefixtures("native")
 def test_attention_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("attention", str(trained / "model.safetensors"), str(trained / "test/images/one.png"))
@@ -171,6 +180,37 @@ def test_attention_command(trained: Path, tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert run_command(*arguments, "--out", str(tmp_path / "shoes"), "--label", "shoes") == 1
     assert re.fullmatch(r"error: .*one\.png: no pixel has label shoes\n", capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("native")
+def test_attention_command_of_the_encoder(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, image = trained / "model.safetensors", trained / "test/images/one.png"
+    arguments = ("attention", str(checkpoint), str(image), "--label", "hair")
+    model, pictures = load_model(checkpoint), {}
+    layout = model.model.encoder.configuration.layout
+    for name, options in {
+        "generator": (),
+        "image": ("--of", "encoder"),
+        "level 1": ("--of", "encoder", "--level", "1"),
+    }.items():
+        assert run_command(*arguments, "--out", str(tmp_path / name), *options) == 0
+        pictures[name] = read_picture(tmp_path / name / "one.png")
+    for name, level in {"image": 0, "level 1": 1}.items():
+        shown, labels, _ = read_image(image, model)
+        found = model.model.encoder_attention(shown, labels, level=level).at(32, 32)
+        expected = strongest_picture(found.strongest(), layout)[0]
+        torch.testing.assert_close(pictures[name][..., -32:], expected, rtol=0, atol=1 / 127)
+        heat = [heat_picture(found, layout, latent, shown)[0] for latent in (4, 5)]
+        torch.testing.assert_close(read_picture(tmp_path / name / "one-hair.png"), grid([heat]), rtol=0, atol=1 / 127)
+        assert torch.equal(pictures[name][..., :-34], pictures["generator"][..., :-34])
+        assert not torch.equal(pictures[name], pictures["generator"])
+    capsys.readouterr()
+    for options, message in {
+        ("--level", "1"): "error: --level: the generator has none; give --of encoder with it\n",
+        ("--of", "encoder", "--level", "9"): "error: --level 9: expected one from 0 to 3\n",
+    }.items():
+        assert run_command(*arguments, "--out", str(tmp_path / "none"), *options) == 1
+        assert capsys.readouterr().err == message
 
 
 @pytest.mark.usefixtures("native")

@@ -327,6 +327,47 @@ def dense_attention(modulation: Any, x: Tensor, latents: Tensor, labels: LabelMa
     return torch.where(owned.unsqueeze(1), logits, -1e4).softmax(2)
 
 
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("name", ["heads", "reversed", "no pyramid", "variational"])
+def test_encoder_attention(name, level):
+    """Found here from the dense attention of the block of the level, by the definition."""
+    configuration = ENCODERS[name]
+    model = make_model(configuration).double()
+    image, labels = make_inputs(dtype=torch.float64)
+    block = model.encoder.blocks[2 - level if configuration.reversed_levels else level].cross_attention
+    seen: list[Any] = []
+    handle = block.register_forward_hook(lambda _, inputs, results: seen.append(inputs))
+    found = model.encoder_attention(image, labels, level=level)
+    handle.remove()
+    assert len(seen) == 1 and not block._forward_pre_hooks
+    latents, x, _ = seen[0]
+    assert torch.equal(x, image) == (level == 0 or not configuration.pyramid)
+    height, width = (45, 34) if not configuration.pyramid else ((45, 34), (23, 17), (12, 9))[level]
+    resized = labels.at(height, width).labels
+    assert found.weights.shape == (2, LAYOUT.max_per_label, height, width) and found.first.shape == (2, height, width)
+
+    heads = block.attention.num_heads
+    concatenated = level == 0 or not configuration.pyramid
+    channels = configuration.encoding_channels if concatenated else x.shape[1]
+    encoding = sinusoidal_encoding(height, width, channels, concatenated=concatenated, dtype=torch.float64)
+    query = block.attention.query(latents).unflatten(2, (heads, -1)).transpose(1, 2)
+    key = block.attention.key(encoding.encode(x).flatten(2).mT).unflatten(2, (heads, -1)).transpose(1, 2)
+    logits = query @ key.mT / key.shape[-1] ** 0.5
+    owned = (LAYOUT.labels(image.device)[:, None] == resized.flatten(1).unsqueeze(1)).unsqueeze(1)
+    given = torch.where(owned, logits, -1e4).softmax(3) * owned
+    expected = (given / given.sum(2, keepdim=True).clamp(min=1e-200)).mean(1).unflatten(2, (height, width))
+    for latent in range(LAYOUT.count):
+        torch.testing.assert_close(found.of_latent(latent), expected[:, latent])
+    assert torch.equal(found.strongest().latent < 0, resized < 0)
+    assert (resized < 0).any() and (resized[0] != 3).all()  # pixels without a label, and a label without pixels
+
+
+@pytest.mark.parametrize("level", [-1, 3])
+def test_encoder_attention_of_a_level_that_is_not_there(level):
+    with pytest.raises(ValueError, match=f"level: expected one from 0 to 2, got {level}"):
+        make_model().encoder_attention(*make_inputs(), level=level)
+
+
 ENCODER_ERRORS: dict[str, Any] = {
     r"image: expected shape \(B, 3, height, width\), got \(2, 1, 45, 34\)": lambda image, labels: (
         image[:, :1],

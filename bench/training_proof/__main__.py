@@ -58,6 +58,8 @@ def prove(extent: Extent, runs: Path, docs: Path) -> list[Result]:
     Returns:
         by seed, and for each with the number of latents.
     """
+    # First, since the pictures of the page make the commit one with changes.
+    machine = report.describe_machine(current_allocator()) | {"threads": torch.get_num_threads()}
     data = data_folder(runs, extent)
     pictures = TestPictures.read(data)
     results: list[Result] = []
@@ -74,7 +76,6 @@ def prove(extent: Extent, runs: Path, docs: Path) -> list[Result]:
             if seed == 0:
                 models[latents], outcomes[latents] = model, outcome
     write_pictures(docs / "training-proof", pictures, models, outcomes)
-    machine = report.describe_machine(current_allocator()) | {"threads": torch.get_num_threads()}
     flat = measure_flat(pictures)
     summary = {"machine": machine, "extent": asdict(extent), "flat": asdict(flat)}
     lines = [summary, *map(asdict, results)]

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from sca_kernels import LatentLayout
-from scam_models import Scam, StrongestLatents
+from scam_models import Scam
 from scam_models.cli.models import write_picture
-from scam_models.pictures import grid, label_picture, strongest_picture
+from scam_models.pictures import grid, label_picture
 
-from .results import TOP, Outcome, TestPictures, apply, divided
+from .results import TOP, Outcome, TestPictures, divided
 
 COLUMNS = 8
+LEVELS = (0, 1)  # of the encoder, whose attention is shown: further ones have too few pixels to see anything
 _ENLARGED = 2
 
 
@@ -53,26 +54,28 @@ def write_pictures(folder: Path, pictures: TestPictures, models: dict[int, Scam]
     )
     dressed_in_two = first_of_each(pictures, divided(pictures.labels == TOP, pictures.cloths))
     layout = models[most].generator.configuration.layout
-    turned = apply(models[most], pictures.turned_pictures())
     _write(
         folder / "attention.png",
         [
             row
-            for images, cloths, outcome in (
-                (pictures.images, pictures.cloths, outcomes[most]),
-                (pictures.turned, pictures.turned_cloths, turned),
+            for images, cloths, strongest in (
+                (pictures.images, pictures.cloths, outcomes[most].strongest),
+                (pictures.turned, pictures.turned_cloths, outcomes[most].turned_strongest),
             )
             for row in (
                 images[dressed_in_two],
                 label_picture(cloths[dressed_in_two].int() - 1, 2),
-                _strongest(outcome, layout)[dressed_in_two],
+                *(_of_top(strongest[dressed_in_two, plane], layout) for plane in (0, *(1 + level for level in LEVELS))),
             )
         ],
     )
 
 
-def _strongest(outcome: Outcome, layout: LatentLayout) -> Tensor:
-    return strongest_picture(StrongestLatents(outcome.strongest, torch.ones_like(outcome.strongest)), layout)
+def _of_top(strongest: Tensor, layout: LatentLayout) -> Tensor:
+    """Pixels of the label "top" in the colour of their latent, as plainly different as labels are; others grey."""
+    begin, end = layout.cu_latents[TOP : TOP + 2]
+    is_top = (strongest >= begin) & (strongest < end)
+    return label_picture(torch.where(is_top, strongest - begin, -1), end - begin)
 
 
 def _write(path: Path, rows: Sequence[Tensor]) -> None:

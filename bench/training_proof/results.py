@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sca_kernels import LabelMap
-from scam_models import Scam
+from scam_models import Latents, Scam
 from scam_models.data import FigureSeeds, LabelledImages, preset, read_identities
 from scam_models.data.figures import Appearance, Background, Drawing, Pose, draw
 from scam_models.evaluation import subject_pairs
@@ -83,12 +83,6 @@ class TestPictures:
             turned_cloths=torch.stack([drawing.cloth for drawing in turned]),
         )
 
-    def turned_pictures(self) -> TestPictures:
-        """The same with the other seam."""
-        return replace(
-            self, images=self.turned, cloths=self.turned_cloths, turned=self.images, turned_cloths=self.cloths
-        )
-
 
 @dataclass(frozen=True)
 class Closeness:
@@ -123,6 +117,7 @@ class Division:
         purity, information: of the strongest latents, and their normalised mutual information with the truth.
         shuffled_purity, shuffled_information: the same where the pixels of the region have changed places.
         misplaced_information: the same with a truth that is as likely by position alone, and wrong.
+        perfect_misplaced_information: of the truth itself with that one, what the true division would have there.
     """
 
     pictures: int
@@ -132,6 +127,7 @@ class Division:
     shuffled_purity: float
     shuffled_information: float
     misplaced_information: float
+    perfect_misplaced_information: float
 
 
 @dataclass(frozen=True)
@@ -147,8 +143,11 @@ class Result:
         transfer: the subject's latents before the other's background, as transfers are.
         own_background: for comparison, with the subject's background: its reconstruction.
         other_subject: for comparison, with all latents of the other.
-        surfaces: of wall and floor, both of the label "background"; misplaced is the horizon of another picture.
-        cloths: of two textures of the label "top"; misplaced is the other seam.
+        surfaces: of wall and floor, both of the label "background", by the generator's attention; misplaced is the
+            horizon of another picture.
+        cloths: of two textures of the label "top", by the generator's attention, in the pictures and in those with the
+            other seam; misplaced is the seam of the other one, so that position alone says as much of both.
+        encoder_surfaces, encoder_cloths: the same by the encoder's attention, from level 0 to the last.
     """
 
     latents: int
@@ -161,6 +160,8 @@ class Result:
     other_subject: Closeness
     surfaces: Division
     cloths: Division
+    encoder_surfaces: tuple[Division, ...]
+    encoder_cloths: tuple[Division, ...]
 
 
 @dataclass(frozen=True)
@@ -182,13 +183,17 @@ class Outcome:
 
     Attributes:
         reconstructions, transfers, other_subject: images.
-        strongest: the latent that each pixel attends to most.
+        strongest: (N, 1 + levels, height, width): the latent that each pixel attends to most in the generator's last
+            modulation, then the latents from which it gets most in the encoder, from level 0 to the last; -1 where the
+            nearest pixel of a level has another label.
+        turned_strongest: the same of the pictures with the other seam.
     """
 
     reconstructions: Tensor
     transfers: Tensor
     other_subject: Tensor
     strongest: Tensor
+    turned_strongest: Tensor
 
 
 @torch.inference_mode()
@@ -200,16 +205,17 @@ def apply(model: Scam, pictures: TestPictures) -> Outcome:
         others = torch.tensor(pictures.others)[indices]
         image, labels = pictures.images[indices], _label_map(pictures.labels[indices])
         other_image, other_labels = pictures.images[others], _label_map(pictures.labels[others])
-        latents = model.encode(image, labels)
+        latents, turned = model.encode(image, labels), pictures.turned[indices]
         parts.append(
             Outcome(
                 reconstructions=model.generate(labels, latents),
                 transfers=model.transfer_subject(image, labels, other_image, other_labels, background=BACKGROUND),
                 other_subject=model.generate(labels, model.encode(other_image, other_labels)),
-                strongest=model.strongest_latents(labels, latents).latent,
+                strongest=_strongest(model, image, labels, latents),
+                turned_strongest=_strongest(model, turned, labels, model.encode(turned, labels)),
             )
         )
-    names = ("reconstructions", "transfers", "other_subject", "strongest")
+    names = ("reconstructions", "transfers", "other_subject", "strongest", "turned_strongest")
     return Outcome(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
@@ -217,13 +223,24 @@ def measure(
     model: Scam, pictures: TestPictures, outcome: Outcome, *, latents: int, seed: int, seconds: float
 ) -> Result:
     """What was made of the pictures, in figures."""
-    surfaces = _divisions(
-        outcome.strongest,
-        pictures.floors.long() + 1,
-        pictures.floors[torch.tensor(pictures.others)].long() + 1,
-        pictures.labels == BACKGROUND,
+    surfaces, *encoder_surfaces = (
+        _divisions(
+            strongest,
+            pictures.floors.long() + 1,
+            pictures.floors[torch.tensor(pictures.others)].long() + 1,
+            pictures.labels == BACKGROUND,
+        )
+        for strongest in outcome.strongest.unbind(1)
     )
-    cloths = _divisions(outcome.strongest, pictures.cloths, pictures.turned_cloths, pictures.labels == TOP)
+    cloths, *encoder_cloths = (
+        _divisions(
+            strongest,
+            torch.cat([pictures.cloths, pictures.turned_cloths]),
+            torch.cat([pictures.turned_cloths, pictures.cloths]),
+            torch.cat([pictures.labels == TOP] * 2),
+        )
+        for strongest in torch.cat([outcome.strongest, outcome.turned_strongest]).unbind(1)
+    )
     return Result(
         latents=latents,
         seed=seed,
@@ -235,6 +252,8 @@ def measure(
         other_subject=_closeness(outcome.other_subject, pictures),
         surfaces=surfaces,
         cloths=cloths,
+        encoder_surfaces=tuple(encoder_surfaces),
+        encoder_cloths=tuple(encoder_cloths),
     )
 
 
@@ -251,6 +270,17 @@ def divided(regions: Tensor, truth: Tensor) -> Tensor:
     size = regions.sum((1, 2))
     shares = torch.stack([((truth == texture) & regions).sum((1, 2)) / size.clamp(min=1) for texture in (1, 2)])
     return shares.amin(0) >= _LEAST_SHARE
+
+
+def _strongest(model: Scam, image: Tensor, labels: LabelMap, latents: Latents) -> Tensor:
+    layout = model.encoder.configuration.layout
+    planes = [model.strongest_latents(labels, latents).latent]
+    for level in range(model.encoder.configuration.num_blocks):
+        attention = model.encoder_attention(image, labels, level=level).at(labels.height, labels.width)
+        latent = attention.strongest().latent
+        is_own = layout.labels(latent.device)[latent.clamp(min=0)] == labels.labels
+        planes.append(torch.where(is_own, latent, -1))
+    return torch.stack(planes, 1)
 
 
 def _flat(images: Tensor, labels: Tensor) -> Tensor:
@@ -294,9 +324,10 @@ def _divisions(strongest: Tensor, truth: Tensor, misplaced: Tensor, regions: Ten
                 purity(shuffled, own),
                 normalised_mutual_information(shuffled, own),
                 normalised_mutual_information(parts, wrong),
+                normalised_mutual_information(own, wrong),
             )
         )
-    means = torch.tensor(rows, dtype=torch.float64).view(-1, 6).mean(0).tolist()
+    means = torch.tensor(rows, dtype=torch.float64).view(-1, 7).mean(0).tolist()
     return Division(len(rows), *means)
 
 

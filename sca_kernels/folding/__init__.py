@@ -33,13 +33,13 @@ from .cache import FoldingCache
 from .cost import RATES, Choice, FoldingChoice, FoldingProblem, Rates, choose, estimate
 from .functions import (
     Attended,
-    attention_weights,
     latents_attend_to_latents,
     latents_attend_to_pixels,
     modulate_by_latents,
     pixels_attend_to_latents,
 )
 from .layers import AttentionProjections, Projection, SeparableEncoding
+from .weights import attention_shares, attention_weights
 
 __all__ = [
     "RATES",
@@ -52,6 +52,7 @@ __all__ = [
     "Projection",
     "Rates",
     "SeparableEncoding",
+    "attention_shares",
     "attention_weights",
     "choose",
     "estimate",

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..labels import LabelMap, LatentLayout
-from ..ops.arguments import check_empty, check_feature_map
 from ..ops.instance_modulate import instance_modulate
 from ..ops.semantic_modulate import semantic_modulate
 from .cache import FoldingCache
 from .calls import Empty, folding_type, prepare
+from .checks import check_attention, check_call, check_latents, check_layer
 from .cost import Choice
 from .layers import AttentionProjections, Projection, SeparableEncoding
 from .rows import (
@@ -22,7 +22,6 @@ from .rows import (
     project_for_latents,
     project_for_pixels,
     project_for_themselves,
-    weights_for_pixels,
 )
 
 
@@ -94,7 +93,7 @@ def latents_attend_to_pixels(
         >>> latents_attend_to_pixels(latents, x, layout, labels, attention).out.shape
         torch.Size([1, 5, 6])
     """
-    _check("pool", x, latents, layout, labels, attention, encoding, empty)
+    check_call("pool", x, latents, layout, labels, attention, encoding, empty)
     with without_autocast(x.device):
         call = prepare("pool", x, latents, layout, labels, attention, (), encoding, empty, choice, cache)
         if not call.choice.folded:
@@ -156,7 +155,7 @@ def pixels_attend_to_latents(
         >>> pixels_attend_to_latents(x, latents, layout, labels, attention).shape
         torch.Size([1, 3, 2, 2])
     """
-    _check("attend", x, latents, layout, labels, attention, encoding, empty)
+    check_call("attend", x, latents, layout, labels, attention, encoding, empty)
     with without_autocast(x.device):
         call = prepare("attend", x, latents, layout, labels, attention, (), encoding, empty, choice, cache)
         if not call.choice.folded:
@@ -255,9 +254,9 @@ def modulate_by_latents(
         >>> modulate_by_latents(x, latents, LatentLayout((4, 1)), labels, attention, gamma, beta).shape
         torch.Size([1, 3, 2, 2])
     """
-    _check("modulate", x, latents, layout, labels, attention, encoding, empty)
+    check_call("modulate", x, latents, layout, labels, attention, encoding, empty)
     for name, tail in (("gamma", gamma), ("beta", beta)):
-        _check_layer(name, tail, x.shape[1], attention.out.out_features)
+        check_layer(name, tail, x.shape[1], attention.out.out_features)
     table_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if stats is not None:
         stats = (stats[0].to(table_dtype), stats[1].to(table_dtype))
@@ -298,55 +297,6 @@ def modulate_by_latents(
         )
 
 
-def attention_weights(
-    x: Tensor,
-    latents: Tensor,
-    layout: LatentLayout,
-    labels: LabelMap,
-    attention: AttentionProjections,
-    *,
-    encoding: SeparableEncoding | None = None,
-) -> Tensor:
-    """How much each pixel attends to each latent of its label, to look at.
-
-        weight_phj = softmax_j(scale <query(x_p + e_p)_h, key(z_j)_h>)
-
-    over the latents j of the label of pixel p, where e is the encoding (concatenated, if it is that kind).
-
-    Args:
-        x, latents, layout, labels, attention, encoding: as in :func:`pixels_attend_to_latents`.
-
-    Returns:
-        (B, H, k, height, width) for k = ``layout.max_per_label``, in float32, or float64 where x, latents or a weight
-        are. Latent i of a label has plane i; the planes that a label has no latent for are zero, and all of a pixel
-        without latents.
-
-    Types: as in :func:`pixels_attend_to_latents`.
-
-    Gradients: of x, latents and the layers of query and key.
-
-    Raises:
-        ValueError: if shapes do not agree.
-
-    Backends: those of :func:`sca_kernels.semantic_cross_attention`.
-
-    Example:
-        >>> import torch
-        >>> layers = [Projection(torch.randn(8, width)) for width in (3, 6, 6)]
-        >>> attention = AttentionProjections(*layers, Projection(torch.randn(3, 8)))
-        >>> labels = LabelMap.from_labels(torch.tensor([[0, 0], [0, 1]]), num_labels=2)
-        >>> latents, x = torch.randn(1, 5, 6), torch.randn(1, 3, 2, 2)
-        >>> weights = attention_weights(x, latents, LatentLayout((4, 1)), labels, attention)
-        >>> weights.shape, weights[0, 0, :, 1, 1].tolist()
-        (torch.Size([1, 1, 4, 2, 2]), [1.0, 0.0, 0.0, 0.0])
-    """
-    _check("attend", x, latents, layout, labels, attention, encoding, "zero")
-    with without_autocast(x.device):
-        return weights_for_pixels(
-            prepare("attend", x, latents, layout, labels, attention, (), encoding, "zero", "projected", None)
-        )
-
-
 def latents_attend_to_latents(latents: Tensor, layout: LatentLayout, attention: AttentionProjections) -> Tensor:
     """Each latent attends to the latents of its label, itself included.
 
@@ -378,70 +328,8 @@ def latents_attend_to_latents(latents: Tensor, layout: LatentLayout, attention: 
         >>> latents_attend_to_latents(torch.randn(1, 5, 6), LatentLayout((4, 1)), attention).shape
         torch.Size([1, 5, 6])
     """
-    _check_latents(latents, layout, None)
-    _check_attention(attention, dict.fromkeys(("query", "key", "value"), latents.shape[2]))
+    check_latents(latents, layout, None)
+    check_attention(attention, dict.fromkeys(("query", "key", "value"), latents.shape[2]))
     dtype = folding_type((latents,), attention.layers)
     with without_autocast(latents.device):
         return project_for_themselves(latents.to(dtype), layout, attention.to(dtype))
-
-
-def _check(
-    use: str,
-    x: Tensor,
-    latents: Tensor,
-    layout: LatentLayout,
-    labels: LabelMap,
-    attention: AttentionProjections,
-    encoding: SeparableEncoding | None,
-    empty: str,
-) -> None:
-    check_feature_map(x)
-    check_empty(empty)
-    if not isinstance(labels, LabelMap):
-        raise TypeError(f"labels: expected a LabelMap, got {type(labels).__name__}")
-    batch, channels, height, width = x.shape
-    _check_latents(latents, layout, batch)
-    if encoding is not None:
-        extra = encoding.row.shape[-1] if encoding.concatenated else channels
-        for name, table, size in (("row", encoding.row, height), ("col", encoding.col, width)):
-            if table.shape != (size, extra):
-                raise ValueError(
-                    f"encoding: expected a table of shape ({size}, {extra}) for {name}, got {tuple(table.shape)}"
-                )
-        if encoding.concatenated:
-            channels += extra
-    widths = dict.fromkeys(("query", "key", "value"), channels)
-    for name in ("query",) if use == "pool" else ("key", "value"):
-        widths[name] = latents.shape[2]
-    _check_attention(attention, widths)
-
-
-def _check_latents(latents: Tensor, layout: LatentLayout, batch: int | None) -> None:
-    if not isinstance(layout, LatentLayout):
-        raise TypeError(f"layout: expected a LatentLayout, got {type(layout).__name__}")
-    if not isinstance(latents, Tensor):
-        raise TypeError(f"latents: expected a tensor, got {type(latents).__name__}")
-    if latents.dim() != 3 or latents.shape[1] != layout.count or batch not in (None, latents.shape[0]):
-        images = "B" if batch is None else batch
-        raise ValueError(f"latents: expected shape ({images}, {layout.count}, D), got {tuple(latents.shape)}")
-    if not latents.is_floating_point():
-        raise TypeError(f"latents: expected floating-point numbers, got {latents.dtype}")
-
-
-def _check_attention(attention: AttentionProjections, widths: dict[str, int]) -> None:
-    inner = attention.query.out_features
-    if attention.num_heads < 1 or inner % attention.num_heads:
-        raise ValueError(
-            f"attention: expected a number of heads that divides the width {inner}, got {attention.num_heads}"
-        )
-    for name, width in widths.items():
-        _check_layer(f"attention.{name}", getattr(attention, name), inner, width)
-    _check_layer("attention.out", attention.out, attention.out.out_features, inner)
-
-
-def _check_layer(name: str, layer: Projection, out_features: int, in_features: int) -> None:
-    expected = (out_features, in_features)
-    if layer.weight.shape != expected:
-        raise ValueError(f"{name}: expected a weight of shape {expected}, got {tuple(layer.weight.shape)}")
-    if layer.bias is not None and layer.bias.shape != (out_features,):
-        raise ValueError(f"{name}: expected a bias of shape ({out_features},), got {tuple(layer.bias.shape)}")

@@ -272,7 +272,7 @@ def _layers_behind_value(call: Call) -> list[_Layer]:
 def project_for_latents(call: Call) -> Tensor:
     """What the latents get (B, m, ...)."""
     attention, present = call.attention, call.present
-    pixels, latents = _pixel_rows(call), call.used_latents
+    pixels, latents = pixel_rows(call), call.used_latents
     key = attention.key._replace(bias=None).apply(pixels)
     query, value = attention.query.apply(latents), attention.value.apply(pixels)
     # Those of a selection all have pixels, its padding is dropped.
@@ -301,7 +301,7 @@ def project_for_pixels(call: Call) -> list[Tensor]:
     zero = _with_zero_gradient(None, attention.key.bias)
     if zero is not None:
         key = key + zero
-    query = attention.query.apply(_pixel_rows(call))
+    query = attention.query.apply(pixel_rows(call))
     sources, with_mean, empty = _rows_of_values(call, latents)
     value, of_empty = attention.value.apply(sources), None
     if with_mean:
@@ -325,21 +325,6 @@ def project_for_pixels(call: Call) -> list[Tensor]:
     return results
 
 
-def weights_for_pixels(call: Call) -> Tensor:
-    """How much the pixels attend to each latent of their label, (B, H, k, height, width)."""
-    attention, layout, heads = call.attention, call.layout, call.attention.num_heads
-    device = call.latents.device
-    query = attention.query.apply(_pixel_rows(call))
-    key = attention.key._replace(bias=None).apply(call.latents)
-    # Values that are the latents' places among those of their label: the weighted mean of them is the weights.
-    place = torch.arange(layout.count, device=device) - layout.offsets(device)[layout.labels(device).long()]
-    planes = torch.arange(layout.max_per_label, device=device)
-    value = (place.unsqueeze(1) == planes).to(call.dtype).repeat(1, heads)
-    value = value.expand(len(call.latents), -1, -1)
-    weights = _attend(attention, query, key, value, call.labels, layout, "zero")
-    return weights.transpose(1, 2).unflatten(2, call.x.shape[2:]).unflatten(1, (heads, -1))
-
-
 def project_for_themselves(latents: Tensor, layout: LatentLayout, attention: AttentionProjections) -> Tensor:
     """What latents get that attend to each other (B, m, ...)."""
     query = attention.query.apply(latents)
@@ -350,7 +335,7 @@ def project_for_themselves(latents: Tensor, layout: LatentLayout, attention: Att
     return out if zero is None else out + zero
 
 
-def _pixel_rows(call: Call) -> Tensor:
+def pixel_rows(call: Call) -> Tensor:
     """The pixels with their encoding, (B, n, C or C + E)."""
     x = call.x.to(call.dtype)
     return (x if call.encoding is None else call.encoding.encode(x)).flatten(2).transpose(1, 2)

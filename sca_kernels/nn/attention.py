@@ -14,6 +14,7 @@ from ..folding import (
     Choice,
     FoldingCache,
     SeparableEncoding,
+    attention_shares,
     latents_attend_to_latents,
     latents_attend_to_pixels,
     pixels_attend_to_latents,
@@ -232,6 +233,17 @@ class SemanticAttentionTransformer(nn.Module):
             empty=self.empty,
             choice=self.choice,
         )
+
+    def attention_shares(self, latents: Tensor, x: Tensor, labels: LabelMap) -> Tensor:
+        """Which latents each pixel's attention comes from, see :func:`sca_kernels.folding.attention_shares`.
+
+        Args:
+            latents, x, labels: as given to the module, which must be one whose latents attend to features.
+
+        Returns:
+            (B, H, k, height, width).
+        """
+        return attention_shares(latents, x, self.layout, labels, self.attention.projections, encoding=self._encoding(x))
 
     @property
     def layers(self) -> TransformerLayers:
