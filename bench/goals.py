@@ -139,7 +139,8 @@ _MIXED_TILES = (
 )
 _WHY_NOT_LARGE = {
     "semantic_modulate": {
-        False: _MIXED_TILES + "twice the time of rectangles, about half of it (perf, and turning alone) for turning",
+        False: _MIXED_TILES + "twice the time of rectangles, about half of it (perf, and turning alone) for turning; "
+        "leaving tiles with many whole vectors as they are, and writing turned tiles past the caches, gained nothing",
         True: _OPERATIONS,
     },
     "semantic_pool": {False: _MIXED_TILES + "1.5 times the time of rectangles"},
@@ -172,8 +173,8 @@ _WHY_NOT_MODULE = (
     "15 % Python and the way to the operators; the rest are small operators"
 )
 _WHY_NOT_MODEL = (
-    "the published code takes only 7 to 8 times as long as its convolutions alone at 19 labels (5.5 in training), 35 "
-    "(20 to 24) at 151, so that attention would have to be nearly free; docs/profile.md has the shares of what is left"
+    "the published code takes only 7 to 8 times as long as its convolutions alone at 19 labels (5.3 in training), 40 "
+    "(21) at 151, so that attention would have to be nearly free; docs/profile.md has the shares of what is left"
 )
 _WHY_OVERHEAD = (
     "profiled: some 120 calls of Python functions and methods check the arguments, allocate three results and a "
