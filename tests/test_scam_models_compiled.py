@@ -27,8 +27,8 @@ MODELS: dict[str, Any] = {
 
 
 def counting_plans(made: list[int]) -> Any:
-    """A backend that runs the graph as it is, and tells how many label maps it resizes. ``test_training`` has what
-    comes after, the tracing of PyTorch's operators."""
+    """A backend that runs the graph as it is, and tells how many label maps it resizes."""
+    # What comes after it, the tracing of PyTorch's own operators, is in the tests of training.
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         made.append(sum("label_plan" in str(node.target) for node in graph.graph.nodes))
