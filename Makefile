@@ -11,7 +11,7 @@ export SCA_REQUIRE_NATIVE ?= 1
 export SCA_CUDA ?= $(if $(wildcard /dev/nvidia0),,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format compile-gpu gpu gpu-build gpu-test gpu-bench bench bench-check training-proof report sanitize native clean
+.PHONY: help demo test lint format compile-gpu gpu gpu-build gpu-test gpu-bench bench bench-check training-proof report sanitize native kernels clean
 
 help: ## list these targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -21,10 +21,9 @@ demo: native ## train a small SCAM on two portraits and exchange their backgroun
 
 # A test computes on one thread, so as many run at a time as there are cores.
 PARALLEL := -n auto --dist worksteal
-test: native ## all tests, then the benchmarks at small sizes, where they only check results
-	$(RUN) -m pytest tests -q $(PARALLEL) -m "not triton and not compiles_gpu"
+test: native ## all tests, and the benchmarks at small sizes, where they only check results
+	$(RUN) -m pytest tests bench -q $(PARALLEL) -m "not triton and not compiles_gpu"
 	TRITON_INTERPRET=1 $(RUN) -m pytest tests -q $(PARALLEL) -m triton
-	$(RUN) -m pytest bench -q
 
 lint: $(VENV)/.installed ## check style and types
 	$(RUN) -m ruff check .
@@ -84,17 +83,22 @@ sanitize: $(VENV)/.installed ## run the kernels' tests under AddressSanitizer an
 	$(RUN) -m pytest $(SANITIZER_TESTS) -q --capture=sys -p no:faulthandler -p no:cacheprovider \
 		-m "not slow_under_sanitizer and not compiled and not subprocess and not compiles_gpu"
 
-# Does nothing when csrc/ is as it was.
-native: $(VENV)/.installed
+native: kernels $(VENV)/.installed
+
+# Does nothing when csrc/ is as it was. It takes no PyTorch: with --jobs=2 that is installed meanwhile.
+kernels: $(VENV)/.build-tools
 	@$(RUN) setup.py -q build_ext --inplace
 
-# PyTorch goes first and by its exact version, so that nothing else chooses one.
-$(VENV)/.installed: pyproject.toml setup.py constraints-dev.txt
+$(VENV)/.build-tools: constraints-dev.txt
 	@$(PYTHON) -m venv $(VENV) || { echo "error: '$(PYTHON) -m venv' failed: install Python's venv \
 	module (often a package named python3-venv) or name another Python: make PYTHON=..." >&2; exit 1; }
-	$(CONSTRAINED) torch
 	$(CONSTRAINED) "setuptools>=77.0.3" "ninja>=1.11" "pybind11>=2.12"
-	$(CONSTRAINED) --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+# PyTorch goes first and by its exact version, so that nothing else chooses one. The kernels are built elsewhere.
+$(VENV)/.installed: pyproject.toml setup.py constraints-dev.txt | $(VENV)/.build-tools
+	$(CONSTRAINED) torch
+	SCA_CPU=0 SCA_CUDA=0 $(CONSTRAINED) --no-build-isolation --editable ".[dev]"
 	@touch $@
 
 clean: ## remove what was built; .venv stays

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,18 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     yield current
     # What one benchmark compiled counts towards the limit of recompilations of the next.
     torch.compiler.reset()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tells the process that shows the summary, where pytest-xdist distributes the benchmarks to others."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["checked"] = session.config.stash[_RUN].checked
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    # A worker that crashed has said nothing.
+    node.config.stash[_RUN].checked += getattr(node, "workeroutput", {}).get("checked", 0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

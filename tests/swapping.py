@@ -33,10 +33,10 @@ LATENT_DIM = 6
 class Autoencoder(nn.Module):
     """What a user has: the published networks somewhere in a model."""
 
-    def __init__(self, height: int = 45, width: int = 34, **changes: Any) -> None:
+    def __init__(self, height: int = 45, width: int = 34, encoder_blocks: int = 4, **changes: Any) -> None:
         super().__init__()
         size = {"height": height, "width": width}
-        self.encoder = published.SemanticAttentionTransformerEncoder(**ENCODER)
+        self.encoder = published.SemanticAttentionTransformerEncoder(**ENCODER | {"num_blocks": encoder_blocks})
         self.generator = published.SCAMGenerator(**GENERATOR | size | changes)
         self.other = nn.Conv2d(3, 3, 1)
 

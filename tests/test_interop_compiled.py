@@ -12,6 +12,8 @@ from torch import Tensor
 
 pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.compiled]
 
+# Every block is traced, so that there are no more than it takes to have a first and a last one.
+SHORT: dict[str, Any] = {"encoder_blocks": 2, "add_noise": False}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "simplex, resnet": {
@@ -31,7 +33,7 @@ def call(model: Any) -> list[Tensor]:
 def test_training(name):
     """One graph, and the gradients of the original."""
     torch._dynamo.reset()
-    expected = make_autoencoder(add_noise=False, **OPTIONS[name]).train()
+    expected = make_autoencoder(**SHORT, **OPTIONS[name]).train()
     found = swapped_copy(expected, assume_one_hot=True)
     image, mask = make_inputs()
     compiled = torch.compile(found, fullgraph=True, backend="aot_eager")
@@ -52,7 +54,7 @@ def test_training(name):
 def test_inference(assume_one_hot):
     """Without the user's word on the mask the own code is compiled; with it, a resolution is planned at most twice."""
     torch._dynamo.reset()
-    expected = make_autoencoder(add_noise=False).eval()
+    expected = make_autoencoder(**SHORT).eval()
     found = swapped_copy(expected, assume_one_hot=assume_one_hot)
     plans: list[int] = []
     compiled = torch.compile(found, fullgraph=True, backend=counting_plans(plans))
