@@ -33,15 +33,15 @@ using SemanticCrossAttention = Operator<Library, sca_semantic_cross_attention, s
                                         sca_semantic_cross_attention_workspace, sca_semantic_cross_attention_workspace,
                                         sca_semantic_cross_attention_forward, sca_semantic_cross_attention_backward>;
 
-// capability, threads, then the integers of the structure in its order
-void label_plan(const py::tuple& arguments) {
-  Integers integers(arguments);
+// capability, threads, then the members of the structure in its order
+void label_plan(const py::tuple& values) {
+  Arguments arguments(values);
   int32_t capability;
   sca_label_plan call;
-  integers.read_all(capability, call.threads, call.batch, call.height, call.width, call.labels, call.tile_height,
-                    call.tile_width, call.label_map, call.order, call.offsets, call.tile_counts, call.tile_segments,
-                    call.workspace);
-  integers.finish();
+  arguments.read_all(capability, call.threads, call.batch, call.height, call.width, call.labels, call.tile_height,
+                     call.tile_width, call.label_map, call.order, call.offsets, call.tile_counts, call.tile_segments,
+                     call.workspace);
+  arguments.finish();
   if (!sca_has_cpu_capability(capability)) throw py::value_error("no kernels for this instruction set");
   py::gil_scoped_release release;
   sca_label_plan_make(&call, capability);
@@ -61,6 +61,7 @@ void advise_huge_pages(Address address, int64_t bytes) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
+  load();
   module.def("best_cpu_capability", &sca_best_cpu_capability);
   module.def("has_cpu_capability", [](int32_t capability) { return sca_has_cpu_capability(capability) != 0; });
   module.def("advise_huge_pages", &advise_huge_pages);

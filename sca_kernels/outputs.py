@@ -39,11 +39,11 @@ def empty_pool_outputs(queries: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def empty_modulate_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for a modulated feature map, in the memory order of ``x``, and its statistics mean and rstd (B, C)."""
+def empty_modulate_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for a modulated feature map, in the memory order of ``x``, and its mean and rstd as (2, B, C)."""
+    batch, channels, _, _ = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    channels = x.shape[:2]
-    return torch.empty_like(x), x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype)
+    return torch.empty_like(x), x.new_empty((2, batch, channels), dtype=dtype)
 
 
 def empty_instance_modulate_outputs(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,9 +72,9 @@ def backward_arguments(problem: Problem, mask: list[bool]) -> list[Any]:
     if problem.operator == "semantic_pool":
         return [*problem.gradients.values(), *arguments[:2], *results, *arguments[2:], mask]
     tensors, settings = arguments[:19], arguments[19:]
-    _, mean, rstd = results
+    _, stats = results
     given = tensors[14] is not None
-    return [problem.gradients["out"], *tensors[:14], mean, rstd, *tensors[16:], given, *settings, mask]
+    return [problem.gradients["out"], *tensors[:14], stats, *tensors[16:], given, *settings, mask]
 
 
 @case

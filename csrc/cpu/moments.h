@@ -17,6 +17,11 @@ constexpr int64_t kMostSummed = 4096;
 // Adds `count` numbers with their mean and sum of squared deviations to those of `seen` numbers.
 inline void merge_moments(double seen, double& mean, double& squares, double count, double count_mean,
                           double count_squares) {
+  if (seen == 0) {  // the usual case, whose division small maps would notice
+    mean = count_mean;
+    squares = count_squares;
+    return;
+  }
   const double total = seen + count, step = count_mean - mean;
   mean += step * (count / total);
   squares += count_squares + step * step * (count * (seen / total));

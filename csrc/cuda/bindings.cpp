@@ -46,6 +46,7 @@ using InstanceModulate = Operator<Library, sca_instance_modulate, sca_instance_m
 }  // namespace
 
 PYBIND11_MODULE(SCA_MODULE, module) {
+  load();
   SemanticCrossAttention::bind<double>(module, "SemanticCrossAttention");
   SemanticPool::bind<>(module, "SemanticPool");
   SemanticModulate::bind<double, double>(module, "SemanticModulate");

@@ -27,6 +27,10 @@ class Library(Protocol):
         """Runs a kernel: a method of a call, with its arguments."""
 
 
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def scalar_type(dtype: torch.dtype) -> int:
     """The number of a type in the C interface."""
     return _SCALAR_TYPES[dtype]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..outputs import empty_instance_modulate_outputs
-from . import Library, scalar_type
-from .arguments import ABSENT, address, contiguous, strided
+from . import Library, contiguous, scalar_type
 
 
 def instance_modulate(
@@ -39,7 +38,7 @@ def instance_modulate(
         mean is not None, add_one, unbiased, eps, negative_slope,
     )  # fmt: skip
     workspace = torch.empty(call.workspace_size(), dtype=torch.uint8, device=x.device)
-    library.run(call.forward, x.device, workspace.data_ptr())
+    library.run(call.forward, x.device, workspace)
     return out, stats
 
 
@@ -59,11 +58,8 @@ def instance_modulate_backward(
     eps: float,
     negative_slope: float,
     output_mask: list[bool],
-) -> tuple[Tensor, ...]:
-    """Returns the gradients of x, gamma, beta, mean, rstd and noise_strength.
-
-    One that ``output_mask`` does not ask for is an empty tensor.
-    """
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of x, gamma, beta, mean, rstd and noise_strength; None for one that is not asked for."""
     channel_gamma, channel_beta, strength = map(contiguous, (_by_channel(gamma), _by_channel(beta), noise_strength))
     call = _call(
         library, x, grad_out, gamma, beta, channel_gamma, channel_beta, stats, noise, noise_seed, strength,
@@ -71,18 +67,19 @@ def instance_modulate_backward(
     )  # fmt: skip
     workspace = torch.empty(call.backward_workspace_size(), dtype=torch.uint8, device=x.device)
     compute_type = torch.float64 if x.dtype == torch.float64 else torch.float32
-    gradients = [x.new_empty(0) for _ in output_mask]
-    targets = [0] * 20  # as the C interface takes them: three maps, then five tables
-    for index, parameter in enumerate((x, gamma, beta)):
-        if output_mask[index] and parameter is not None and parameter.dim() == 4:
-            gradients[index] = library.prepare_result(torch.empty_like(parameter))
-            targets[5 * index : 5 * index + 5] = strided(gradients[index])
-    for index, parameter in enumerate((channel_gamma, channel_beta, stats, stats, strength), 1):
-        if output_mask[index] and parameter is not None:
-            gradients[index] = x.new_empty(x.shape[:2], dtype=compute_type)
-            targets[14 + index] = gradients[index].data_ptr()
-    library.run(call.backward, x.device, workspace.data_ptr(), tuple(targets))
-    return tuple(gradients)
+    grad_x, *of_maps = (
+        library.prepare_result(torch.empty_like(parameter)) if wanted and parameter is not None else None
+        for parameter, wanted in zip((x, _by_pixel(gamma), _by_pixel(beta)), output_mask[:3], strict=True)
+    )
+    of_tables = [
+        x.new_empty(x.shape[:2], dtype=compute_type) if wanted and parameter is not None else None
+        for parameter, wanted in zip(
+            (channel_gamma, channel_beta, stats, stats, strength), output_mask[1:], strict=True
+        )
+    ]
+    library.run(call.backward, x.device, workspace, (grad_x, *of_maps, *of_tables))
+    given = (of_table if of_map is None else of_map for of_map, of_table in zip(of_maps, of_tables[:2], strict=True))
+    return grad_x, *given, *of_tables[2:]
 
 
 def _call(
@@ -104,10 +101,6 @@ def _call(
     negative_slope: float,
 ) -> Any:
     batch, channels, height, width = shape = x.shape
-    noise_by_pixel = (0, 0, 0, 0)
-    if noise is not None:
-        batch_stride, _, row_stride, column_stride = noise.stride()
-        noise_by_pixel = (noise.data_ptr(), batch_stride, row_stride, column_stride)
     return library.kernels().InstanceModulate(
         (
             *library.settings(x.device, shape.numel() * (4 if noise_seed is None else 32)),
@@ -118,21 +111,23 @@ def _call(
             gamma is not None and gamma.dtype != x.dtype,
             beta is not None and beta.dtype != x.dtype,
             *(batch, channels, height, width),
-            *strided(x),
-            *strided(out),
-            *(strided(gamma) if gamma is not None and channel_gamma is None else ABSENT),
-            *(strided(beta) if beta is not None and channel_beta is None else ABSENT),
-            address(channel_gamma),
-            address(channel_beta),
-            stats.data_ptr(),
-            stats.data_ptr() + stats.nbytes // 2,
-            *noise_by_pixel,
-            address(noise_seed),
-            address(noise_strength),
+            x,
+            out,
+            _by_pixel(gamma),
+            _by_pixel(beta),
+            channel_gamma,
+            channel_beta,
+            stats,
+            *(noise, noise_seed, noise_strength),
         ),
         eps,
         negative_slope,
     )
+
+
+def _by_pixel(parameter: Tensor | None) -> Tensor | None:
+    """A parameter that is given per pixel, as (B, C, height, width)."""
+    return parameter if parameter is not None and parameter.dim() == 4 else None
 
 
 def _by_channel(parameter: Tensor | None) -> Tensor | None:

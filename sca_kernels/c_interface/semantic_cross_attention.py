@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..outputs import empty_attention_outputs
-from . import Library, scalar_type
-from .arguments import ABSENT, address, latent_tokens, pixel_tokens, strided
+from . import Library, contiguous, scalar_type
 
 
 def semantic_cross_attention(
@@ -36,7 +35,7 @@ def semantic_cross_attention(
         max_query_latents, max_key_latents, scale, empty,
     )  # fmt: skip
     workspace = torch.empty(call.workspace_size(), dtype=torch.uint8, device=query.device)
-    library.run(call.forward, query.device, workspace.data_ptr())
+    library.run(call.forward, query.device, workspace)
     return out, lse
 
 
@@ -59,17 +58,14 @@ def semantic_cross_attention_backward(
     scale: float,
     empty: str,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key, value and empty_value.
-
-    One that ``output_mask`` does not ask for is an empty tensor.
-    """
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of query, key, value and empty_value; None for one that is not asked for."""
     *mask, wants_empty_value = output_mask
     gradients = [
-        library.prepare_result(torch.empty_like(tensor)) if wanted else tensor.new_empty(0)
+        library.prepare_result(torch.empty_like(tensor)) if wanted else None
         for tensor, wanted in zip((query, key, value), mask, strict=True)
     ]
-    grad_empty_value = lse.new_empty((*value.shape[:2], value.shape[3]) if wants_empty_value else 0)
+    grad_empty_value = lse.new_empty((*value.shape[:2], value.shape[3])) if wants_empty_value else None
     empty_value = _like_lse(empty_value, lse)
     call = _call(
         library, query, key, value, empty_value, out, lse, query_offsets, query_order, key_offsets, key_order,
@@ -78,24 +74,9 @@ def semantic_cross_attention_backward(
     workspace = torch.empty(call.backward_workspace_size(), dtype=torch.uint8, device=query.device)
     if grad_out is None:
         grad_out = query.new_zeros(()).expand(*query.shape[:3], value.shape[3])
-    if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
-    targets = [strided(gradient) if wanted else ABSENT for gradient, wanted in zip(gradients, mask, strict=True)]
-    library.run(
-        call.backward,
-        query.device,
-        workspace.data_ptr(),
-        (
-            address(grad_lse),
-            grad_empty_value.data_ptr() if wants_empty_value else 0,
-            *strided(grad_out),
-            *targets[0],
-            *targets[1],
-            *targets[2],
-        ),
-    )
-    query_gradient, key_gradient, value_gradient = gradients
-    return query_gradient, key_gradient, value_gradient, grad_empty_value.to(query.dtype)
+    targets = (contiguous(grad_lse), grad_empty_value, grad_out, *gradients)
+    library.run(call.backward, query.device, workspace, targets)
+    return *gradients, None if grad_empty_value is None else grad_empty_value.to(query.dtype)
 
 
 def _like_lse(empty_value: Tensor | None, lse: Tensor) -> Tensor | None:
@@ -130,18 +111,14 @@ def _call(
             key_width,
             value_width,
             empty == "uniform",
-            address(empty_value),
-            lse.data_ptr(),
-            *_tokens(queries, query_offsets, query_order, max_query_latents),
-            *_tokens(keys, key_offsets, key_order, max_key_latents),
-            *strided(query),
-            *strided(key),
-            *strided(value),
-            *(ABSENT if out is None else strided(out)),
+            empty_value,
+            lse,
+            *(queries, query_offsets, query_order, max_query_latents),
+            *(keys, key_offsets, key_order, max_key_latents),
+            query,
+            key,
+            value,
+            out,
         ),
         scale,
     )
-
-
-def _tokens(count: int, offsets: Tensor, order: Tensor | None, max_latents: int) -> tuple[int, ...]:
-    return latent_tokens(count, offsets, max_latents) if order is None else pixel_tokens(count, offsets, order)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..labels import tile_size
 from ..outputs import empty_pool_outputs
-from . import Library, scalar_type
-from .arguments import ABSENT, address, contiguous, latent_tokens, pixel_tokens, strided
+from . import Library, contiguous, scalar_type
 
 
 def semantic_pool(
@@ -30,7 +29,7 @@ def semantic_pool(
     results = empty_pool_outputs(queries, x)
     call = _call(library, queries, x, cu_latents, offsets, order, row_bias, col_bias, results, max_latents, empty)
     workspace = torch.empty(call.workspace_size(), dtype=torch.uint8, device=x.device)
-    library.run(call.forward, x.device, workspace.data_ptr())
+    library.run(call.forward, x.device, workspace)
     return results
 
 
@@ -58,14 +57,14 @@ def semantic_pool_backward(
     max_latents: int,
     empty: str,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of queries, x, row_bias and col_bias; one that is not asked for is an empty tensor."""
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of queries, x, row_bias and col_bias; None for one that is not asked for."""
     wants_queries, wants_x, wants_row_bias, wants_col_bias = output_mask
     queries, row_bias, col_bias = queries.contiguous(), contiguous(row_bias), contiguous(col_bias)
-    grad_queries = queries.new_empty(queries.shape if wants_queries else 0)
-    grad_x = library.prepare_result(torch.empty_like(x)) if wants_x else x.new_empty(0)
-    grad_row_bias = queries.new_empty(row_mass.shape if wants_row_bias else 0)
-    grad_col_bias = queries.new_empty(col_mass.shape if wants_col_bias else 0)
+    grad_queries = queries.new_empty(queries.shape) if wants_queries else None
+    grad_x = library.prepare_result(torch.empty_like(x)) if wants_x else None
+    grad_row_bias = queries.new_empty(row_mass.shape) if wants_row_bias else None
+    grad_col_bias = queries.new_empty(col_mass.shape) if wants_col_bias else None
     results = (pooled, lse, row_mass, col_mass, mean, second_moment)
     call = _call(library, queries, x, cu_latents, offsets, order, row_bias, col_bias, results, max_latents, empty)
     workspace = torch.empty(call.backward_workspace_size(), dtype=torch.uint8, device=x.device)
@@ -73,18 +72,8 @@ def semantic_pool_backward(
         contiguous(gradient)
         for gradient in (grad_pooled, grad_lse, grad_row_mass, grad_col_mass, grad_mean, grad_second_moment)
     ]
-    library.run(
-        call.backward,
-        x.device,
-        workspace.data_ptr(),
-        (
-            *map(address, incoming),
-            *(strided(grad_x) if wants_x else ABSENT),
-            grad_queries.data_ptr() if wants_queries else 0,
-            grad_row_bias.data_ptr() if wants_row_bias else 0,
-            grad_col_bias.data_ptr() if wants_col_bias else 0,
-        ),
-    )
+    targets = (*incoming, grad_x, grad_queries, grad_row_bias, grad_col_bias)
+    library.run(call.backward, x.device, workspace, targets)
     return grad_queries, grad_x, grad_row_bias, grad_col_bias
 
 
@@ -111,12 +100,12 @@ def _call(
             empty == "uniform",
             *(batch, heads, channels, height, width),
             *tile_size(height, width),
-            *latent_tokens(latents, cu_latents, max_latents),
-            *pixel_tokens(pixels, offsets, order),
-            *strided(x),
-            queries.data_ptr(),
-            address(row_bias),
-            address(col_bias),
-            *(result.data_ptr() for result in results),
+            *(latents, cu_latents, None, max_latents),
+            *(pixels, offsets, order, 0),
+            x,
+            queries,
+            row_bias,
+            col_bias,
+            *results,
         )
     )

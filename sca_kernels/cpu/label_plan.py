@@ -29,12 +29,9 @@ def label_plan(
             capability(),
             threads,
             *(batch, height, width, num_labels, tile_height, tile_width),
-            labels.data_ptr(),
-            order.data_ptr(),
-            offsets.data_ptr(),
-            tile_counts.data_ptr(),
-            tile_segments.data_ptr(),
-            workspace.data_ptr(),
+            labels,
+            *(order, offsets, tile_counts, tile_segments),
+            workspace,
         )
     )
     return order, offsets, tile_counts, tile_segments

@@ -135,13 +135,13 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return empty_instance_modulate_outputs(x)
 
 
-def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     gamma, beta, stats, _, _, noise_strength = rest[:6]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    gradients = []
+    gradients: list[Tensor | None] = []
     for tensor, wanted in zip((x, gamma, beta, stats[0], stats[1], noise_strength), rest[-1], strict=True):
         if not wanted or tensor is None:
-            gradients.append(x.new_empty(0))
+            gradients.append(None)
         else:
             gradients.append(torch.empty_like(tensor) if tensor.dim() == 4 else x.new_empty(tensor.shape, dtype=dtype))
     return tuple(gradients)

@@ -18,6 +18,7 @@ LIBRARY = Library("sca", "DEF")
 
 Results = tuple[Tensor, ...]
 Saved = tuple[tuple[Tensor | None, ...], tuple[Any, ...]]
+Gradients = tuple[Tensor | None, ...]
 
 
 def register(
@@ -28,16 +29,17 @@ def register(
     differentiable: Sequence[str],
     save: Callable[[tuple[Any, ...], Results], Saved],
     fake: Callable[..., Results],
-    backward_fake: Callable[..., Results],
+    backward_fake: Callable[..., Gradients],
     constants: Sequence[str] = (),
     differentiable_results: int | None = None,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Defines an operator and its backward pass, which is an operator as well, and dispatches both to the backends.
 
     The last argument of the operator is the backend. The backward operator takes the gradients of the results, what
-    was saved, and which gradients are wanted; it returns those of the ``differentiable`` arguments in their order, and
-    for one that is not wanted an empty tensor. Its own gradient is refused: ``once_differentiable`` would return one
-    that is detached, and drop gradient penalties without a word.
+    was saved, and which gradients are wanted; it returns those of the ``differentiable`` arguments in their order. For
+    one that is not wanted a backend returns None, and the operator, which must return tensors, an empty one. Its own
+    gradient is refused: ``once_differentiable`` would return one that is detached, and drop gradient penalties without
+    a word.
 
     Args:
         name: of the operator; that of the backward operator ends in "_backward".
@@ -46,7 +48,7 @@ def register(
         differentiable: the arguments that take gradients.
         save: gets the operator's arguments and results, returns the tensors and the other values that are passed on to
             the backward operator.
-        fake, backward_fake: return results without values, from the arguments of either operator.
+        fake, backward_fake: return what a backend does, without values, from the arguments of either operator.
         constants: further arguments that the user gives as tensors.
         differentiable_results: how many of the results, from the first on, take gradients. Default: all.
 
@@ -124,14 +126,21 @@ def register(
     def dispatch(*arguments: Any) -> Results:
         return backends.implementation(name, arguments[-1])(*arguments[:-1])
 
-    def backward_dispatch(*arguments: Any) -> Results:
+    def backward_dispatch(*arguments: Any) -> Gradients:
         *rest, backend, output_mask = arguments
         return backends.implementation(backward_name, backend)(*rest, output_mask)
 
+    def all_tensors(run: Callable[..., Gradients]) -> Callable[..., Results]:
+        def run_operator(*arguments: Any) -> Results:
+            saved = arguments[gradients_in]
+            return tuple(saved.new_empty(0) if found is None else found for found in run(*arguments))
+
+        return run_operator
+
     torch.library.register_fake(f"sca::{name}", fake, lib=LIBRARY)
-    torch.library.register_fake(f"sca::{backward_name}", backward_fake, lib=LIBRARY)
+    torch.library.register_fake(f"sca::{backward_name}", all_tensors(backward_fake), lib=LIBRARY)
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
-    LIBRARY.impl(backward_name, backward_dispatch, "CompositeExplicitAutograd")
+    LIBRARY.impl(backward_name, all_tensors(backward_dispatch), "CompositeExplicitAutograd")
     LIBRARY.impl(name, autograd, "Autograd")
     LIBRARY.impl(backward_name, backward_autograd, "Autograd")
     return operator, autograd

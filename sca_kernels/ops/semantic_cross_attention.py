@@ -276,15 +276,13 @@ def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor
 
 def _backward_fake(
     grad_out: Tensor | None, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     *mask, wants_empty_value = rest[-1]
-    query_gradient, key_gradient, value_gradient = (
-        torch.empty_like(tensor) if wanted else tensor.new_empty(0)
-        for tensor, wanted in zip((query, key, value), mask, strict=True)
+    gradients = (
+        torch.empty_like(tensor) if wanted else None for tensor, wanted in zip((query, key, value), mask, strict=True)
     )
     batch, heads, _, width = value.shape
-    empty_value_gradient = value.new_empty((batch, heads, width) if wants_empty_value else 0)
-    return query_gradient, key_gradient, value_gradient, empty_value_gradient
+    return *gradients, value.new_empty((batch, heads, width)) if wants_empty_value else None
 
 
 _INPUTS_SCHEMA = "Tensor query, Tensor key, Tensor value, Tensor? empty_value"

@@ -157,7 +157,7 @@ def semantic_modulate(
     assert plan is not None
     # Eagerly the autograd kernel is called at once: to have the dispatcher find it costs as much as a small call.
     operator = _operator if torch.compiler.is_compiling() else _autograd
-    out, _, _ = operator(
+    out, _ = operator(
         x, keys, scale, shift, layout.offsets(device), plan.offsets, plan.order,
         key_bias, row_bias, col_bias, scale_bias, shift_bias, empty_scale, empty_shift,
         mean, rstd, noise, noise_seed, noise_strength,
@@ -201,24 +201,24 @@ def _check(
 
 
 def _save(arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> Saved:
-    _, mean, rstd = results
+    _, stats = results
     tensors, settings = arguments[:19], arguments[19:]
-    return (*tensors[:14], mean, rstd, *tensors[16:]), (tensors[14] is not None, *settings)
+    return (*tensors[:14], stats, *tensors[16:]), (tensors[14] is not None, *settings)
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return empty_modulate_outputs(x)
 
 
-def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    keys, scale, shift, _, _, _, *tables = rest[:15]
-    noise_strength = rest[17]
+def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    keys, scale, shift, _, _, _, *tables, stats, _, _, noise_strength = rest[:17]
     wants_x, *mask = rest[-1]
+    given = (keys, scale, shift, *tables, stats[0], stats[1], noise_strength)
     gradients = (
-        keys.new_empty(table.shape if wanted and table is not None else 0)
-        for table, wanted in zip((keys, scale, shift, *tables, noise_strength), mask, strict=True)
+        keys.new_empty(tensor.shape) if wanted and tensor is not None else None
+        for tensor, wanted in zip(given, mask, strict=True)
     )
-    return torch.empty_like(x) if wants_x else x.new_empty(0), *gradients
+    return torch.empty_like(x) if wants_x else None, *gradients
 
 
 _INPUTS_SCHEMA = (
@@ -235,8 +235,8 @@ _DIFFERENTIABLE = (
 _operator, _autograd = register(
     _OPERATOR,
     f"({_INPUTS_SCHEMA}, Tensor? mean, Tensor? rstd, {_NOISE_SCHEMA}, {_SETTINGS_SCHEMA})"
-    " -> (Tensor out, Tensor mean, Tensor rstd)",
-    f"(Tensor grad_out, {_INPUTS_SCHEMA}, Tensor mean, Tensor rstd, {_NOISE_SCHEMA}, bool stats_given,"
+    " -> (Tensor out, Tensor stats)",
+    f"(Tensor grad_out, {_INPUTS_SCHEMA}, Tensor stats, {_NOISE_SCHEMA}, bool stats_given,"
     f" {_SETTINGS_SCHEMA}, bool[14] output_mask)"
     f" -> ({', '.join(f'Tensor grad_{name}' for name in _DIFFERENTIABLE)})",
     differentiable=_DIFFERENTIABLE,

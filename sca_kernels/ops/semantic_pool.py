@@ -280,15 +280,15 @@ def _fake(queries: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return empty_pool_outputs(queries, x)
 
 
-def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+def _backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
     queries, x = arguments[6:8]
     row_mass, col_mass = arguments[10:12]
     wants_queries, wants_x, wants_row_bias, wants_col_bias = arguments[-1]
     return (
-        queries.new_empty(queries.shape if wants_queries else 0),
-        torch.empty_like(x) if wants_x else x.new_empty(0),
-        queries.new_empty(row_mass.shape if wants_row_bias else 0),
-        queries.new_empty(col_mass.shape if wants_col_bias else 0),
+        queries.new_empty(queries.shape) if wants_queries else None,
+        torch.empty_like(x) if wants_x else None,
+        queries.new_empty(row_mass.shape) if wants_row_bias else None,
+        queries.new_empty(col_mass.shape) if wants_col_bias else None,
     )
 
 

@@ -71,11 +71,8 @@ def instance_modulate_backward(
     eps: float,
     negative_slope: float,
     output_mask: list[bool],
-) -> tuple[Tensor, ...]:
-    """Returns the gradients of x, gamma, beta, mean, rstd and noise_strength.
-
-    One that ``output_mask`` does not ask for is an empty tensor.
-    """
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of x, gamma, beta, mean, rstd and noise_strength; None for one that is not asked for."""
     given = (x, gamma, beta, stats, stats, noise_strength)
     wants = [wanted and tensor is not None for wanted, tensor in zip(output_mask, given, strict=True)]
     maps = [
@@ -121,10 +118,7 @@ def instance_modulate_backward(
         sums["MEAN"] = -(sums["NORMALIZED"] * stats[1]).float()
     tables = [sums.get(name) for name in ("GAMMA", "BETA", "MEAN", "CENTRED", "STRENGTH")]
     found = [maps[0], maps[1] if maps[1] is not None else tables[0], maps[2] if maps[2] is not None else tables[1]]
-    return tuple(
-        gradient if wanted and gradient is not None else x.new_empty(0)
-        for gradient, wanted in zip((*found, *tables[2:]), wants, strict=True)
-    )
+    return tuple(gradient if wanted else None for gradient, wanted in zip((*found, *tables[2:]), wants, strict=True))
 
 
 # Sums over each channel, by what the gradient of the result before the activation is multiplied with. The first two are

@@ -88,11 +88,8 @@ def semantic_cross_attention_backward(
     scale: float,
     empty: str,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of query, key, value and empty_value.
-
-    One that ``output_mask`` does not ask for is an empty tensor.
-    """
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of query, key, value and empty_value; None for one that is not asked for."""
     queries = _Side(query.shape[2], query_offsets, query_order, max_query_latents)
     keys = _Side(key.shape[2], key_offsets, key_order, max_key_latents)
     if grad_out is None:
@@ -127,14 +124,8 @@ def semantic_cross_attention_backward(
             calls.run(grad_key, grad_value, wants_query and queries.order is None, False, spread, False)
             if queries.order is None:
                 calls.merge(grad_query, None, None)
-    gradients = [
-        query.new_empty(0) if gradient is None else gradient for gradient in (grad_query, grad_key, grad_value)
-    ]
-    grad_empty_value = query.new_empty(0)
-    if wants_empty_value:
-        assert unmatched is not None
-        grad_empty_value = unmatched.to(query.dtype)
-    return gradients[0], gradients[1], gradients[2], grad_empty_value
+    grad_empty_value = unmatched.to(query.dtype) if unmatched is not None and wants_empty_value else None
+    return grad_query, grad_key, grad_value, grad_empty_value
 
 
 def _instead(value: Tensor, empty_value: Tensor | None, empty: str) -> Tensor:

@@ -57,9 +57,10 @@ def semantic_modulate(
     negative_slope: float,
     add_one: bool,
     empty: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the output, and the mean and rstd that were used."""
-    out, used_mean, used_rstd = empty_modulate_outputs(x)
+) -> tuple[Tensor, Tensor]:
+    """Returns the output, and the mean and rstd that were used as (2, B, C)."""
+    out, stats = empty_modulate_outputs(x)
+    used_mean, used_rstd = stats
     if mean is not None and rstd is not None:
         used_mean.copy_(mean)
         used_rstd.copy_(rstd)
@@ -86,7 +87,7 @@ def semantic_modulate(
         channels=channels, ADD_ONE=add_one, FLAT=flat, PRECISION=float32_precision(x.dtype),
         **{**blocks.all_rows, **blocks.rows}, **blocks.cut.options,
     )  # fmt: skip
-    return out, used_mean, used_rstd
+    return out, stats
 
 
 def semantic_modulate_backward(
@@ -105,8 +106,7 @@ def semantic_modulate_backward(
     shift_bias: Tensor | None,
     empty_scale: Tensor | None,
     empty_shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     noise: Tensor | None,
     noise_seed: Tensor | None,
     noise_strength: Tensor | None,
@@ -117,8 +117,9 @@ def semantic_modulate_backward(
     add_one: bool,
     empty: str,
     output_mask: list[bool],
-) -> tuple[Tensor, ...]:
-    """Returns the gradients of x and of the 13 tables; one that ``output_mask`` does not ask for is an empty tensor."""
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of x and of the 13 tables; None for one that is not asked for."""
+    mean, rstd = stats
     wants_x, *wants_rows, wants_key_bias, wants_row_bias, wants_col_bias = output_mask[:7]
     batch, channels, height, width = x.shape
     heads, latents = keys.shape[1:3]
@@ -165,9 +166,8 @@ def semantic_modulate_backward(
     )  # fmt: skip
     of_all, of_empty = sums
 
-    nothing = keys.new_empty(0)
     grad_x = torch.empty_like(x) if wants_x else None
-    of_tables = [nothing, nothing, nothing]
+    of_tables: list[Tensor | None] = [None, None, None]
     if wants_x or any(wants_rows):
         second = LabelBlocks("modulate_backward_features", *sizes)
         partial = [
@@ -183,15 +183,14 @@ def semantic_modulate_backward(
             heads, latents, max_latents, second.num_labels, second.partial_rows, height, width, negative_slope,
             channels=channels, ADD_ONE=add_one, FLAT=flat, PRECISION=precision, **second.rows, **second.cut.options,
         )  # fmt: skip
-        of_tables = [
-            nothing if rows is None else add_partial_rows(second, rows, cu_latents, offsets) for rows in partial
-        ]
+        of_tables = [None if rows is None else add_partial_rows(second, rows, cu_latents, offsets) for rows in partial]
     # What pixels without latents get is, where it is not given, a mean of rows.
     for index, given in enumerate((empty_scale, empty_shift)):
-        if wants_rows[1 + index] and empty == "uniform" and given is None:
-            of_tables[1 + index] += of_empty[index, :, None, None] / max(latents, 1)
+        of_table = of_tables[1 + index]
+        if of_table is not None and empty == "uniform" and given is None:
+            of_table += of_empty[index, :, None, None] / max(latents, 1)
 
-    by_row = by_column = by_latent = nothing
+    by_row = by_column = by_latent = None
     if partial_bias is not None:
         by_latent = add_partial_rows(blocks, partial_bias, cu_latents, offsets).squeeze(-1)
     if wants_row_bias and row_bias is not None:
@@ -202,9 +201,9 @@ def semantic_modulate_backward(
         of_all[0], of_all[1], of_empty[0], of_empty[1], -rstd * of_all[3], of_all[2] / rstd, of_all[4]
     )  # fmt: skip
     return (
-        *(x.new_empty(0) if grad_x is None else grad_x, *of_tables, by_latent, by_row, by_column),
+        *(grad_x, *of_tables, by_latent, by_row, by_column),
         # Copies: no two results of an operator may share memory.
-        *(found.clone() if wanted else nothing for found, wanted in zip(by_channel, output_mask[7:], strict=True)),
+        *(found.clone() if wanted else None for found, wanted in zip(by_channel, output_mask[7:], strict=True)),
     )
 
 

@@ -119,8 +119,8 @@ def semantic_pool_backward(
     max_latents: int,
     empty: str,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of queries, x, row_bias and col_bias; one that is not asked for is an empty tensor."""
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of queries, x, row_bias and col_bias; None for one that is not asked for."""
     wants_queries, wants_x, wants_row_bias, wants_col_bias = output_mask
     batch, channels, height, width = x.shape
     heads, latents = queries.shape[1:3]
@@ -170,14 +170,14 @@ def semantic_pool_backward(
             heads, latents, max_latents, second.num_labels, height, width,
             channels=channels, FLAT=flat, PRECISION=precision, **second.rows, **second.cut.options,
         )  # fmt: skip
-    grad_queries, grad_row_bias, grad_col_bias = (queries.new_empty(0) for _ in range(3))
+    grad_queries = grad_row_bias = grad_col_bias = None
     if partial is not None:
         grad_queries = add_partial_rows(blocks, partial, cu_latents, offsets)
     if wants_row_bias:
         grad_row_bias = add_up_positions(gradients, labels, blocks, cu_latents, "rows", torch.zeros_like(row_mass))
     if wants_col_bias:
         grad_col_bias = add_up_positions(gradients, labels, blocks, cu_latents, "columns", torch.zeros_like(col_mass))
-    return grad_queries, x.new_empty(0) if grad_x is None else grad_x, grad_row_bias, grad_col_bias
+    return grad_queries, grad_x, grad_row_bias, grad_col_bias
 
 
 @triton.jit
