@@ -32,7 +32,7 @@ class SemanticModulate : public FoldedAttention<Scalar, sca_semantic_modulate> {
   // What one thread works in.
   struct Scratch {
     ChunkLabels labels;
-    TurnedTile<Scalar> x_tile, result_tile;
+    TurnedTile<Scalar> x_tile;
     FeatureBlock<T> x, result, noise;
     RowTable<T> keys, scale, shift;  // (rows, channels)
     RowTable<T> table;               // (rows and, if there is one value per pixel, the noise; pixels of a block)
@@ -41,7 +41,6 @@ class SemanticModulate : public FoldedAttention<Scalar, sca_semantic_modulate> {
     Scratch(Arena& arena, const SemanticModulate& kernel)
         : labels(kernel.make_labels(arena)),
           x_tile(kernel.make_tile(arena)),
-          result_tile(kernel.make_tile(arena)),
           x(arena, kernel.call_.channels, kernel.block_),
           result(arena, kernel.call_.channels, kernel.block_),
           noise(arena, kernel.per_element_noise() ? kernel.call_.channels : 0, kernel.block_),
@@ -170,10 +169,11 @@ class SemanticModulate : public FoldedAttention<Scalar, sca_semantic_modulate> {
   }
 
   // Calls visit(row, i, gamma, beta) for each vector of a block: row of the block, first lane. kPixelRows is how x is
-  // kept. Meanwhile the block that follows is fetched.
+  // kept. Meanwhile the block that follows is fetched. Let `visit` hold values: what it finds by references is read
+  // again after each of its stores.
   template <bool kPixelRows, typename Visit>
   void each_vector(int64_t image, Range latents, const Runs& runs, const Upcoming<Scalar>& upcoming, Scratch& scratch,
-                   const Visit& visit) const {
+                   Visit visit) const {
     constexpr int64_t kVectors = kBlockColumns;
     if (per_element_noise()) fill_noise<kPixelRows>(image, runs, scratch);
     const int64_t rows = scratch.x.row_count(), width = scratch.x.width(), terms = attention_rows(latents);

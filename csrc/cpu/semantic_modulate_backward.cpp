@@ -103,11 +103,12 @@ class Backward : public SemanticModulate<Scalar> {
         [&](const Rectangle& place, const Segment* segments, int64_t count) {
           scratch.x_tile.load(x, place);
           scratch.grad_out_tile.load(grad_out, place);
+          // Pixels of grad_out, which are copied before anything else, turn into those of grad_x where they lie.
+          const FeatureMap<T> gradient = scratch.grad_out_tile.map(place);
           for (int64_t i = 0; i < count; ++i) {
-            differentiate_label(image, chunk, segments[i], {}, scratch.x_tile.map(place),
-                                scratch.grad_out_tile.map(place), scratch.result_tile.map(place), scratch);
+            differentiate_label(image, chunk, segments[i], {}, scratch.x_tile.map(place), gradient, gradient, scratch);
           }
-          if (wants_x) scratch.result_tile.store_to(grad_x, place);
+          if (wants_x) scratch.grad_out_tile.store_to(grad_x, place);
         });
   }
 
@@ -174,17 +175,20 @@ class Backward : public SemanticModulate<Scalar> {
     T* const* grad_beta = scratch.beta_gradient.rows();
     T* const* grad_gamma = scratch.gamma_gradient.rows();
     T* const* grad_x = scratch.result.rows();
-    Base::template each_vector<kPixelRows>(
-        image, latents, runs, upcoming, scratch, [&](int64_t row, int64_t i, Vector<T> gamma, Vector<T> beta) {
-          const Vector<T> rstd = beside_row<kPixelRows>(scratch.rstd, row, i);
-          const Vector<T> centred = load(x[row] + i) - beside_row<kPixelRows>(scratch.mean, row, i);
-          const Vector<T> normalised = centred * rstd, y = gamma * normalised + beta;
-          const Vector<T> grad_out = load(grad_beta[row] + i);
-          const Vector<T> grad_y = y > T(0) ? grad_out : grad_out * slope;
-          store<T>(grad_beta[row] + i, grad_y);
-          store<T>(grad_gamma[row] + i, grad_y * normalised);
-          store<T>(grad_x[row] + i, grad_y * gamma * rstd);
-        });
+    const T *means = scratch.mean, *rstds = scratch.rstd;
+    Base::template each_vector<kPixelRows>(image, latents, runs, upcoming, scratch,
+                                           [x, grad_beta, grad_gamma, grad_x, means, rstds, slope](
+                                               int64_t row, int64_t i, Vector<T> gamma, Vector<T> beta) {
+                                             const Vector<T> rstd = beside_row<kPixelRows>(rstds, row, i);
+                                             const Vector<T> centred =
+                                                 load(x[row] + i) - beside_row<kPixelRows>(means, row, i);
+                                             const Vector<T> normalised = centred * rstd, y = gamma * normalised + beta;
+                                             const Vector<T> grad_out = load(grad_beta[row] + i);
+                                             const Vector<T> grad_y = y > T(0) ? grad_out : grad_out * slope;
+                                             store<T>(grad_beta[row] + i, grad_y);
+                                             store<T>(grad_gamma[row] + i, grad_y * normalised);
+                                             store<T>(grad_x[row] + i, grad_y * gamma * rstd);
+                                           });
     if (Base::per_element_noise() && gradients_.grad_noise_strength) {
       T* sums = chunk_sum(image, chunk, kNoise);
       for (int64_t r = 0; r < scratch.x.row_count(); ++r) {

@@ -50,11 +50,10 @@ class Forward : public SemanticModulate<Scalar> {
         },
         [&](const Rectangle& place, const Segment* segments, int64_t count) {
           scratch.x_tile.load(x, place);
-          for (int64_t i = 0; i < count; ++i) {
-            modulate_label(image, segments[i], {}, scratch.x_tile.map(place), scratch.result_tile.map(place), false,
-                           scratch);
-          }
-          scratch.result_tile.store_to(out, place);
+          // The pixels turn into the result where they lie.
+          const FeatureMap<T> tile = scratch.x_tile.map(place);
+          for (int64_t i = 0; i < count; ++i) modulate_label(image, segments[i], {}, tile, tile, false, scratch);
+          scratch.x_tile.store_to(out, place);
         });
   }
 
@@ -88,10 +87,12 @@ class Forward : public SemanticModulate<Scalar> {
     const T slope = static_cast<T>(call_.negative_slope);
     T* const* x = scratch.x.rows();
     T* const* out = result.rows();
+    const T *means = scratch.mean, *rstds = scratch.rstd;
     Base::template each_vector<kPixelRows>(
-        image, latents, runs, upcoming, scratch, [&](int64_t row, int64_t i, Vector<T> gamma, Vector<T> beta) {
-          const Vector<T> centred = load(x[row] + i) - beside_row<kPixelRows>(scratch.mean, row, i);
-          const Vector<T> y = gamma * (centred * beside_row<kPixelRows>(scratch.rstd, row, i)) + beta;
+        image, latents, runs, upcoming, scratch,
+        [x, out, means, rstds, slope, streamed, &lines](int64_t row, int64_t i, Vector<T> gamma, Vector<T> beta) {
+          const Vector<T> centred = load(x[row] + i) - beside_row<kPixelRows>(means, row, i);
+          const Vector<T> y = gamma * (centred * beside_row<kPixelRows>(rstds, row, i)) + beta;
           const Vector<T> result = y > T(0) ? y : y * slope;
           if (!kPixelRows && i < lines.count() * kLanes<T>) {
             lines.store(row, i / kLanes<T>, result);

@@ -53,26 +53,22 @@ class TurnedTile {
   }
 
  private:
-  static constexpr int64_t kLine = larger(64 / int64_t{sizeof(Scalar)}, kLanes<T>);  // pixels in a line of the cache
-
   // Calls visit(pixels in the map, the first of them here, first channel, number of pixels) for each square; that
-  // number is a constant where it is that of a vector's lanes. Squares that share lines of the cache come one after
-  // another: planes a power of two apart share its sets too, and few of their lines stay in it.
+  // number is a constant where it is that of a vector's lanes. All of a few planes come before the next: planes a power
+  // of two apart share sets of the caches, which hold the lines of a few, and each has pages of its own.
   template <typename Visit>
   void each_square(const FeatureMap<Scalar>& map, const Rectangle& place, const Visit& visit) const {
     const bool one_line = map.row_stride == place.width;
     const int64_t lines = one_line ? 1 : place.height, size = one_line ? place.height * place.width : place.width;
-    for (int64_t line = 0; line < lines; ++line) {
-      Scalar* pixels = map.at(place.row + line, place.column);
-      T* turned = memory_ + line * size * channels_;
-      for (int64_t begin = 0; begin < size; begin += kLine) {
-        const int64_t end = smaller(begin + kLine, size), whole_end = end - end % kLanes<T>;
-        for (int64_t channel = 0; channel < channels_; channel += kLanes<T>) {
-          for (int64_t i = begin; i < whole_end; i += kLanes<T>) {
-            visit(pixels + i, turned + i * channels_, channel, std::integral_constant<int64_t, kLanes<T>>{});
-          }
-          if (whole_end < end) visit(pixels + whole_end, turned + whole_end * channels_, channel, end - whole_end);
+    for (int64_t channel = 0; channel < channels_; channel += kLanes<T>) {
+      for (int64_t line = 0; line < lines; ++line) {
+        Scalar* pixels = map.at(place.row + line, place.column);
+        T* turned = memory_ + line * size * channels_;
+        int64_t i = 0;
+        for (; i + kLanes<T> <= size; i += kLanes<T>) {
+          visit(pixels + i, turned + i * channels_, channel, std::integral_constant<int64_t, kLanes<T>>{});
         }
+        if (i < size) visit(pixels + i, turned + i * channels_, channel, size - i);
       }
     }
   }
