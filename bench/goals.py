@@ -134,16 +134,18 @@ _OPERATIONS = (
 )
 _MIXED_TILES = (
     "the goal came from a map of rectangles (the row of blocks below): one label in a tile of 8 x 32 pixels. Regions "
-    "leave 2.9 in a tile, which is then turned, so that pixels can be taken one by one: with AVX2 even stripes of 16 "
-    "pixels take "
+    "leave 2.9 in a tile, which is then turned, so that pixels can be taken one by one: with AVX2 regions and even "
+    "stripes of 16 pixels take "
 )
 _WHY_NOT_LARGE = {
     "semantic_modulate": {
-        False: _MIXED_TILES + "twice the time of rectangles, about half of it (perf, and turning alone) for turning; "
-        "leaving tiles with many whole vectors as they are, and writing turned tiles past the caches, gained nothing",
+        False: _MIXED_TILES
+        + "1.2 to 1.3 times the time of rectangles. Of the kernel's time 40 % go into turning, which waits for "
+        "lines of 64 planes, 33 % into logits and softmax, 26 % into the modulation (perf); fetching the next tile or "
+        "planes ahead, leaving tiles of many whole vectors as they are, and writing past the caches gained nothing",
         True: _OPERATIONS,
     },
-    "semantic_pool": {False: _MIXED_TILES + "1.5 times the time of rectangles"},
+    "semantic_pool": {False: _MIXED_TILES + "1.5 to 1.8 times the time of rectangles"},
 }
 _WHY_NOT_SMALL = {
     "semantic_modulate": {
@@ -165,8 +167,8 @@ _IN_TURNS = (
     "caches, it is {} of instance norm's time with AVX-512 and {} with AVX2"
 )
 _WHY_NOT_BLOCKS = {
-    "semantic_modulate": {False: _IN_TURNS.format("0.5 to 0.6", "0.95"), True: _OPERATIONS},
-    "semantic_pool": {False: _IN_TURNS.format("0.35 to 0.5", "0.65")},
+    "semantic_modulate": {False: _IN_TURNS.format("0.5 to 0.6", "1"), True: _OPERATIONS},
+    "semantic_pool": {False: _IN_TURNS.format("0.35 to 0.5", "0.65 to 0.8")},
 }
 _WHY_NOT_MODULE = (
     "profiled (AVX2): 60 to 80 % of the time are the operators themselves, 5 to 20 % products of the latents, 5 to "
@@ -177,8 +179,9 @@ _WHY_NOT_MODEL = (
     "(21) at 151, so that attention would have to be nearly free; docs/profile.md has the shares of what is left"
 )
 _WHY_OVERHEAD = (
-    "profiled: some 120 calls of Python functions and methods check the arguments, allocate three results and a "
-    "workspace (a fifth of the time), and tell the kernel where tensors lie; instance norm is one call of C++"
+    "profiled: some 90 calls of Python functions and methods check the arguments, find the plan and the kernel, and "
+    "allocate results and a workspace; the kernel itself is an eighth of the time. With gradients, an autograd "
+    "function of Python that computes nothing already takes more than twice the time of instance norm, a call of C++"
 )
 
 
