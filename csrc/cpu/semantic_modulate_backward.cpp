@@ -176,19 +176,18 @@ class Backward : public SemanticModulate<Scalar> {
     T* const* grad_gamma = scratch.gamma_gradient.rows();
     T* const* grad_x = scratch.result.rows();
     const T *means = scratch.mean, *rstds = scratch.rstd;
-    Base::template each_vector<kPixelRows>(image, latents, runs, upcoming, scratch,
-                                           [x, grad_beta, grad_gamma, grad_x, means, rstds, slope](
-                                               int64_t row, int64_t i, Vector<T> gamma, Vector<T> beta) {
-                                             const Vector<T> rstd = beside_row<kPixelRows>(rstds, row, i);
-                                             const Vector<T> centred =
-                                                 load(x[row] + i) - beside_row<kPixelRows>(means, row, i);
-                                             const Vector<T> normalised = centred * rstd, y = gamma * normalised + beta;
-                                             const Vector<T> grad_out = load(grad_beta[row] + i);
-                                             const Vector<T> grad_y = y > T(0) ? grad_out : grad_out * slope;
-                                             store<T>(grad_beta[row] + i, grad_y);
-                                             store<T>(grad_gamma[row] + i, grad_y * normalised);
-                                             store<T>(grad_x[row] + i, grad_y * gamma * rstd);
-                                           });
+    const auto differentiate = [x, grad_beta, grad_gamma, grad_x, means, rstds, slope](
+                                   int64_t row, int64_t i, Vector<T> gamma, Vector<T> beta) {
+      const Vector<T> rstd = beside_row<kPixelRows>(rstds, row, i);
+      const Vector<T> centred = load(x[row] + i) - beside_row<kPixelRows>(means, row, i);
+      const Vector<T> normalised = centred * rstd, y = gamma * normalised + beta;
+      const Vector<T> grad_out = load(grad_beta[row] + i);
+      const Vector<T> grad_y = y > T(0) ? grad_out : grad_out * slope;
+      store<T>(grad_beta[row] + i, grad_y);
+      store<T>(grad_gamma[row] + i, grad_y * normalised);
+      store<T>(grad_x[row] + i, grad_y * gamma * rstd);
+    };
+    Base::template each_vector<kPixelRows>(image, latents, runs, upcoming, scratch, differentiate);
     if (Base::per_element_noise() && gradients_.grad_noise_strength) {
       T* sums = chunk_sum(image, chunk, kNoise);
       for (int64_t r = 0; r < scratch.x.row_count(); ++r) {
