@@ -45,12 +45,11 @@ def semantic_modulate(
     if mean is not None and rstd is not None:
         stats[0] = mean
         stats[1] = rstd
-    tables = [
-        None if table is None else table.contiguous()
-        for table in (
-            keys, scale, shift, key_bias, row_bias, col_bias, scale_bias, shift_bias, empty_scale, empty_shift
-        )
-    ]  # fmt: skip
+    tables = list(
+        map(contiguous, (
+            keys, scale, shift, key_bias, row_bias, col_bias, scale_bias, shift_bias, empty_scale, empty_shift,
+        ))
+    )  # fmt: skip
     call = _call(
         library, x, out, tables, stats, cu_latents, offsets, order, noise, noise_seed, contiguous(noise_strength),
         mean is not None, max_latents, eps, negative_slope, add_one, empty,
@@ -90,12 +89,11 @@ def semantic_modulate_backward(
     output_mask: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of x and of the 13 tables; None for one that is not asked for."""
-    tables = [
-        None if table is None else table.contiguous()
-        for table in (
-            keys, scale, shift, key_bias, row_bias, col_bias, scale_bias, shift_bias, empty_scale, empty_shift
-        )
-    ]  # fmt: skip
+    tables = list(
+        map(contiguous, (
+            keys, scale, shift, key_bias, row_bias, col_bias, scale_bias, shift_bias, empty_scale, empty_shift,
+        ))
+    )  # fmt: skip
     strength = contiguous(noise_strength)
     call = _call(
         library, x, None, tables, stats, cu_latents, offsets, order, noise, noise_seed, strength,

@@ -68,10 +68,7 @@ def semantic_pool_backward(
     results = (pooled, lse, row_mass, col_mass, mean, second_moment)
     call = _call(library, queries, x, cu_latents, offsets, order, row_bias, col_bias, results, max_latents, empty)
     workspace = torch.empty(call.backward_workspace_size(), dtype=torch.uint8, device=x.device)
-    incoming = [
-        contiguous(gradient)
-        for gradient in (grad_pooled, grad_lse, grad_row_mass, grad_col_mass, grad_mean, grad_second_moment)
-    ]
+    incoming = map(contiguous, (grad_pooled, grad_lse, grad_row_mass, grad_col_mass, grad_mean, grad_second_moment))
     targets = (*incoming, grad_x, grad_queries, grad_row_bias, grad_col_bias)
     library.run(call.backward, x.device, workspace, targets)
     return grad_queries, grad_x, grad_row_bias, grad_col_bias
