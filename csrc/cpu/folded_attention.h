@@ -75,6 +75,16 @@ class FoldedAttention {
     parallel_for(call_.batch * per_image, call_.threads,
                  [&](int64_t item, int) { visit(item / per_image, item % per_image / labels, item % labels); });
   }
+  // Runs visit(image, channels) for all of them, some channels at a time.
+  template <typename Visit>
+  void each_channels(const Visit& visit) const {
+    constexpr int64_t kChannels = 64;
+    const int64_t per_image = (call_.channels + kChannels - 1) / kChannels;
+    parallel_for(call_.batch * per_image, call_.threads, [&](int64_t item, int) {
+      const int64_t begin = item % per_image * kChannels;
+      visit(item / per_image, Range{begin, smaller(begin + kChannels, call_.channels)});
+    });
+  }
 
   Range latents_of(int64_t image, int64_t label) const {
     const ImageTokens latents(call_.latents, image);

@@ -40,7 +40,7 @@ class Backward : public SemanticModulate<Scalar> {
     Base::template each_chunk<Scratch>(
         *this, [&](int64_t image, int64_t chunk, Scratch& scratch) { differentiate_chunk(image, chunk, scratch); });
     Base::each_label([&](int64_t image, int64_t head, int64_t label) { merge_label(image, head, label); });
-    parallel_for(call_.batch, call_.threads, [&](int64_t image, int) { finish_image(image); });
+    Base::each_channels([&](int64_t image, Range channels) { finish_channels(image, channels); });
     if (!call_.stats_given && gradients_.grad_x.data) differentiate_statistics();
   }
 
@@ -279,37 +279,41 @@ class Backward : public SemanticModulate<Scalar> {
   }
 
   // What is summed over all pixels of an image, and what follows from it.
-  void finish_image(int64_t image) const {
-    const int64_t width = Base::channel_width_;
-    for (int64_t i = 0; i < kSums * width; ++i) sum(image, 0)[i] = 0;
-    for (int64_t chunk = 0; chunk < Base::chunks_; ++chunk) {
-      for (int64_t i = 0; i < kChunkSums * width; ++i) sum(image, 0)[i] += chunk_sum(image, chunk, 0)[i];
+  void finish_channels(int64_t image, Range channels) const {
+    for (int64_t which = 0; which < kChunkSums; ++which) {
+      T* total = sum(image, which);
+      for (int64_t c = channels.begin; c < channels.end; ++c) total[c] = 0;
+      for (int64_t chunk = 0; chunk < Base::chunks_; ++chunk) {
+        const T* more = chunk_sum(image, chunk, which);
+        for (int64_t c = channels.begin; c < channels.end; ++c) total[c] += more[c];
+      }
     }
-    add_matched(image);
+    add_matched(image, channels);
     const auto give = [&](void* gradient, const T* values) {
       if (!gradient) return;
-      for (int64_t c = 0; c < call_.channels; ++c) static_cast<T*>(gradient)[image * call_.channels + c] = values[c];
+      T* target = static_cast<T*>(gradient) + image * call_.channels;
+      for (int64_t c = channels.begin; c < channels.end; ++c) target[c] = values[c];
     };
     give(gradients_.grad_empty_scale, sum(image, kEmptyScale));
     give(gradients_.grad_empty_shift, sum(image, kEmptyShift));
     give(gradients_.grad_noise_strength, sum(image, kNoise));
     give(gradients_.grad_scale_bias, sum(image, kScale));
     give(gradients_.grad_shift_bias, sum(image, kShift));
-    finish_statistics(image);
+    finish_statistics(image, channels);
     if (call_.empty_uniform && Base::any_empty(image)) {
-      if (!call_.empty_scale) share_out(image, sum(image, kEmptyScale), grad_scale_);
-      if (!call_.empty_shift) share_out(image, sum(image, kEmptyShift), grad_shift_);
+      if (!call_.empty_scale) share_out(image, channels, sum(image, kEmptyScale), grad_scale_);
+      if (!call_.empty_shift) share_out(image, channels, sum(image, kEmptyShift), grad_shift_);
     }
   }
 
   // Sums over all pixels from those over the pixels of each label: the weights of a pixel sum to one in each head, so
   // one head's gradients of scale and shift sum to those of gamma and beta.
-  void add_matched(int64_t image) const {
+  void add_matched(int64_t image, Range channels) const {
     T *scale = sum(image, kScale), *shift = sum(image, kShift);
     T *scaled = sum(image, kScaled), *shifted = sum(image, kShifted);
     const T* given_empty_scale = Base::empty_rows(call_.empty_scale, Base::uniform_scale_) + image * call_.channels;
     const T *empty_scale = sum(image, kEmptyScale), *empty_shift = sum(image, kEmptyShift);
-    for (int64_t c = 0; c < call_.channels; ++c) {
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
       scale[c] = empty_scale[c];
       shift[c] = empty_shift[c];
       scaled[c] = given_empty_scale[c] * empty_scale[c];
@@ -323,7 +327,8 @@ class Backward : public SemanticModulate<Scalar> {
         const T* factor = static_cast<const T*>(call_.scale) + begin;
         const T *grad_scale = grad_scale_ + begin, *grad_shift = grad_shift_ + begin;
         const T first_head = head == 0 ? T(1) : T(0);
-        for (int64_t c = 0; c < call_.channels; ++c) {
+#pragma GCC ivdep
+        for (int64_t c = channels.begin; c < channels.end; ++c) {
           scale[c] += first_head * grad_scale[c];
           shift[c] += first_head * grad_shift[c];
           scaled[c] += factor[c] * grad_scale[c];
@@ -331,7 +336,7 @@ class Backward : public SemanticModulate<Scalar> {
         }
       });
     }
-    for (int64_t c = 0; c < call_.channels; ++c) {
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
       const T bias = (call_.add_one ? T(1) : T(0)) + Base::value(call_.scale_bias, image * call_.channels + c);
       scaled[c] += bias * scale[c];
       shifted[c] += bias * shift[c];
@@ -340,11 +345,11 @@ class Backward : public SemanticModulate<Scalar> {
 
   // With the sums of gamma dy and of gamma dy n: the gradients of the statistics, or what they add to that of x,
   // offset + factor (x - mean).
-  void finish_statistics(int64_t image) const {
+  void finish_statistics(int64_t image, Range channels) const {
     const T *scaled = sum(image, kScaled), *shifted = sum(image, kShifted);
     T *offset = sum(image, kOffset), *factor = sum(image, kFactor);
     const T share = T(1) / static_cast<T>(larger<int64_t>(call_.pixels.count, 1));
-    for (int64_t c = 0; c < call_.channels; ++c) {
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
       const int64_t i = image * call_.channels + c;
       const T rstd = static_cast<const T*>(call_.rstd)[i];
       offset[c] = -share * rstd * shifted[c];
@@ -355,11 +360,11 @@ class Backward : public SemanticModulate<Scalar> {
   }
 
   // The share of each latent in the gradient of the mean over them.
-  void share_out(int64_t image, const T* gradient, T* rows) const {
+  void share_out(int64_t image, Range channels, const T* gradient, T* rows) const {
     const T share = T(1) / static_cast<T>(larger<int64_t>(call_.latents.count, 1));
     T* target = rows + Base::row(image, 0, 0) * call_.channels;
     for (int64_t i = 0; i < call_.heads * call_.latents.count; ++i) {
-      for (int64_t c = 0; c < call_.channels; ++c) target[i * call_.channels + c] += share * gradient[c];
+      for (int64_t c = channels.begin; c < channels.end; ++c) target[i * call_.channels + c] += share * gradient[c];
     }
   }
 

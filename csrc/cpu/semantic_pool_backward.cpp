@@ -20,52 +20,65 @@ class Backward : public SemanticPool<Scalar> {
       : Base(call), gradients_(gradients) {}
 
   void run() const {
-    for (int64_t image = 0; image < call_.batch; ++image) prepare(image);
+    Base::each_label([&](int64_t image, int64_t head, int64_t label) { find_deltas(image, head, label); });
+    Base::each_channels([&](int64_t image, Range channels) { find_affine(image, channels); });
     Base::template each_chunk<Scratch>(
         *this, [&](int64_t image, int64_t chunk, Scratch& scratch) { differentiate_chunk(image, chunk, scratch); });
     Base::each_label([&](int64_t image, int64_t head, int64_t label) { merge_label(image, head, label); });
   }
 
  private:
+  // <row of a, row of b>, zero where there is no a
   static T inner(const void* a, const void* b, int64_t row, int64_t size) {
-    T sum = 0;
-    if (!a) return sum;
+    if (!a) return 0;
     const T *left = static_cast<const T*>(a) + row * size, *right = static_cast<const T*>(b) + row * size;
-    for (int64_t i = 0; i < size; ++i) sum += left[i] * right[i];
-    return sum;
+    Vector<T> sum = {};
+    int64_t i = 0;
+    for (; i + kLanes<T> <= size; i += kLanes<T>) sum += load(left + i) * load(right + i);
+    if (i < size) sum += load_some(left + i, size - i) * load_some(right + i, size - i);
+    return sum_lanes<T>(sum);
+  }
+  static T value(const void* base, int64_t i) { return base ? static_cast<const T*>(base)[i] : T(0); }
+
+  bool absent(int64_t image, int64_t label) const {
+    return ImageTokens(call_.pixels, image).with_label(label).size() == 0;
   }
 
-  // delta of each latent, and per channel: dx_p += offset + factor (x_p - centre).
-  void prepare(int64_t image) const {
-    const ImageTokens pixels(call_.pixels, image);
-    const int64_t begin = image * call_.channels;
-    const T share = T(1) / static_cast<T>(larger<int64_t>(call_.pixels.count, 1));
-    T* offset = Base::offset_ + image * Base::channel_width_;
-    T* factor = Base::factor_ + image * Base::channel_width_;
-    const auto value = [](const void* base, int64_t i) { return base ? static_cast<const T*>(base)[i] : T(0); };
-    for (int64_t c = 0; c < call_.channels; ++c) offset[c] = value(gradients_.grad_mean, begin + c);
-    for (int64_t label = 0; label <= call_.latents.labels; ++label) {
-      const bool absent = pixels.with_label(label).size() == 0;
-      Base::each_row(Base::latents_of(image, label), [&](int64_t, int64_t head, int64_t latent) {
-        const int64_t row = Base::row(image, head, latent);
-        if (absent && call_.empty_uniform) {
-          for (int64_t c = 0; c < call_.channels; ++c) {
-            offset[c] += value(gradients_.grad_pooled, row * call_.channels + c);
-          }
-        }
-        Base::delta_[row] = inner(gradients_.grad_pooled, call_.pooled, row, call_.channels) +
-                            inner(gradients_.grad_row_mass, call_.row_mass, row, call_.height) +
-                            inner(gradients_.grad_col_mass, call_.col_mass, row, call_.width) -
-                            value(gradients_.grad_lse, row);
-      });
+  void find_deltas(int64_t image, int64_t head, int64_t label) const {
+    if (absent(image, label)) return;
+    const Range latents = Base::latents_of(image, label);
+    for (int64_t latent = latents.begin; latent < latents.end; ++latent) {
+      const int64_t row = Base::row(image, head, latent);
+      Base::delta_[row] = inner(gradients_.grad_pooled, call_.pooled, row, call_.channels) +
+                          inner(gradients_.grad_row_mass, call_.row_mass, row, call_.height) +
+                          inner(gradients_.grad_col_mass, call_.col_mass, row, call_.width) -
+                          value(gradients_.grad_lse, row);
     }
-    T* centre = Base::centre_ + image * Base::channel_width_;
-    for (int64_t c = call_.channels; c < Base::channel_width_; ++c) offset[c] = factor[c] = centre[c] = 0;
-    for (int64_t c = 0; c < call_.channels; ++c) {
+  }
+
+  // What the moments and the latents without pixels add to the gradient of x: offset + factor (x_p - centre).
+  void find_affine(int64_t image, Range channels) const {
+    const int64_t begin = image * call_.channels, padded_begin = image * Base::channel_width_;
+    const T share = T(1) / static_cast<T>(larger<int64_t>(call_.pixels.count, 1));
+    T *offset = Base::offset_ + padded_begin, *factor = Base::factor_ + padded_begin;
+    T* centre = Base::centre_ + padded_begin;
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      offset[c] = value(gradients_.grad_mean, begin + c);
       factor[c] = 2 * share * value(gradients_.grad_second_moment, begin + c);
-      offset[c] *= share;
       centre[c] = static_cast<const T*>(call_.mean)[begin + c];
     }
+    for (int64_t label = 0; label <= call_.latents.labels; ++label) {
+      if (!call_.empty_uniform || !gradients_.grad_pooled || !absent(image, label)) continue;
+      Base::each_row(Base::latents_of(image, label), [&](int64_t, int64_t head, int64_t latent) {
+        const T* gradient =
+            static_cast<const T*>(gradients_.grad_pooled) + Base::row(image, head, latent) * call_.channels;
+#pragma GCC ivdep
+        for (int64_t c = channels.begin; c < channels.end; ++c) offset[c] += gradient[c];
+      });
+    }
+    for (int64_t c = channels.begin; c < channels.end; ++c) offset[c] *= share;
+    const int64_t end = channels.end == call_.channels ? Base::channel_width_ : channels.end;
+    for (int64_t c = channels.end; c < end; ++c) offset[c] = factor[c] = centre[c] = 0;
   }
 
   void differentiate_chunk(int64_t image, int64_t chunk, Scratch& scratch) const {

@@ -18,7 +18,7 @@ class Forward : public SemanticPool<Scalar> {
   void run() const {
     Base::template each_chunk<Scratch>(
         *this, [&](int64_t image, int64_t chunk, Scratch& scratch) { pool_chunk(image, chunk, scratch); });
-    for (int64_t image = 0; image < call_.batch; ++image) merge_chunks(image);
+    Base::each_channels([&](int64_t image, Range channels) { merge_moments_of(image, channels); });
     Base::each_label([&](int64_t image, int64_t head, int64_t label) { merge_label(image, head, label); });
   }
 
@@ -102,8 +102,9 @@ class Forward : public SemanticPool<Scalar> {
     moments.summed = 0;
   }
 
-  void merge_chunks(int64_t image) const {
-    for (int64_t c = 0; c < call_.channels; ++c) {
+  // The moments of an image from those of its chunks, in their order.
+  void merge_moments_of(int64_t image, Range channels) const {
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
       double mean = 0, squares = 0, seen = 0;
       for (int64_t chunk = 0; chunk < Base::chunks_; ++chunk) {
         const int64_t index = (image * Base::chunks_ + chunk) * call_.channels + c;
