@@ -200,13 +200,13 @@ inline Normals<T> normals(int64_t seed, Words<T> pixels, Words<T> groups, uint32
 // adjacent groups of a pixel.
 template <typename T>
 inline Normals<T> by_lane(const Normals<T>& normals) {
-  constexpr auto kLow = interleave<T, 0>(LaneSequence<T>{});
-  constexpr auto kHigh = interleave<T, static_cast<int>(kLanes<T> / 2)>(LaneSequence<T>{});
+  constexpr int kSpan = static_cast<int>(kLanes<T>);
+  const auto low = [](Vector<T> a, Vector<T> b) { return shuffle<T, Interleaved, 1, kSpan, 0>(a, b); };
+  const auto high = [](Vector<T> a, Vector<T> b) { return shuffle<T, Interleaved, 1, kSpan, 1>(a, b); };
   const Vector<T>* const v = normals.values;
-  const Vector<T> even_low = shuffle<T>(v[0], v[2], kLow), even_high = shuffle<T>(v[0], v[2], kHigh);
-  const Vector<T> odd_low = shuffle<T>(v[1], v[3], kLow), odd_high = shuffle<T>(v[1], v[3], kHigh);
-  return {{shuffle<T>(even_low, odd_low, kLow), shuffle<T>(even_low, odd_low, kHigh),
-           shuffle<T>(even_high, odd_high, kLow), shuffle<T>(even_high, odd_high, kHigh)}};
+  const Vector<T> even_low = low(v[0], v[2]), even_high = high(v[0], v[2]);
+  const Vector<T> odd_low = low(v[1], v[3]), odd_high = high(v[1], v[3]);
+  return {{low(even_low, odd_low), high(even_low, odd_low), low(even_high, odd_high), high(even_high, odd_high)}};
 }
 
 }  // namespace

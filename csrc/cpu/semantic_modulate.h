@@ -168,65 +168,90 @@ class SemanticModulate : public FoldedAttention<Scalar, sca_semantic_modulate> {
     }
   }
 
+  // What gamma and beta are made of, as values: what is found by references is read again after each store.
+  struct Factors {
+    const T *attention, *scale, *shift;
+    int64_t terms, attention_pitch, row_pitch;
+    const T *scale_bias, *shift_bias, *strength, *pixel_noise;
+    T* const* element_noise;
+  };
+
   // Calls visit(row, i, gamma, beta) for each vector of a block: row of the block, first lane. kPixelRows is how x is
-  // kept. Meanwhile the block that follows is fetched. Let `visit` hold values: what it finds by references is read
-  // again after each of its stores.
+  // kept. Meanwhile the block that follows is fetched. Let `visit` hold values, too.
   template <bool kPixelRows, typename Visit>
   void each_vector(int64_t image, Range latents, const Runs& runs, const Upcoming<Scalar>& upcoming, Scratch& scratch,
                    Visit visit) const {
-    constexpr int64_t kVectors = kBlockColumns;
     if (per_element_noise()) fill_noise<kPixelRows>(image, runs, scratch);
     const int64_t rows = scratch.x.row_count(), width = scratch.x.width(), terms = attention_rows(latents);
-    const auto each_column = [&](auto row_count, int64_t row) {
+    const Factors factors{scratch.table.memory,
+                          scratch.scale.memory,
+                          scratch.shift.memory,
+                          terms,
+                          scratch.table.pitch,
+                          scratch.scale.pitch,
+                          scratch.scale_bias,
+                          scratch.shift_bias,
+                          scratch.strength,
+                          noise_per_pixel() ? scratch.table.rows[terms] : nullptr,
+                          per_element_noise() ? scratch.noise.rows() : nullptr};
+    // With what they are made of, gamma and beta of a block fill the registers. Of pixels it has more rows, which share
+    // what is known of the channels, and of channels more vectors.
+    constexpr int64_t kRows = kPixelRows ? 6 : 3, kVectors = kPixelRows ? kBlockColumns / 2 : kBlockColumns;
+    const auto visit_rows = [&](auto row_count, int64_t row) {
       int64_t i = 0;
       for (; i + kVectors * kLanes<T> <= width; i += kVectors * kLanes<T>) {
-        visit_block<kPixelRows, row_count.value, kVectors>(scratch, upcoming, terms, row, i, visit);
+        visit_block<kPixelRows, row_count.value, kVectors>(factors, upcoming, row, i, visit);
       }
-      for (; i < width; i += kLanes<T>)
-        visit_block<kPixelRows, row_count.value, 1>(scratch, upcoming, terms, row, i, visit);
+      if constexpr (kVectors == 1) return;
+      for (; i < width; i += kLanes<T>) visit_block<kPixelRows, row_count.value, 1>(factors, upcoming, row, i, visit);
     };
     int64_t row = 0;
-    for (; row + 2 <= rows; row += 2) each_column(std::integral_constant<int64_t, 2>{}, row);
-    if (row < rows) each_column(std::integral_constant<int64_t, 1>{}, row);
+    for (; row + kRows <= rows; row += kRows) visit_rows(std::integral_constant<int64_t, kRows>{}, row);
+    for (; row + 2 <= rows; row += 2) visit_rows(std::integral_constant<int64_t, 2>{}, row);
+    if (row < rows) visit_rows(std::integral_constant<int64_t, 1>{}, row);
   }
 
   template <bool kPixelRows, int64_t kRows, int64_t kVectors, typename Visit>
-  inline void visit_block(const Scratch& scratch, const Upcoming<Scalar>& upcoming, int64_t terms, int64_t row,
-                          int64_t i, const Visit& visit) const {
+  static inline void visit_block(const Factors& factors, const Upcoming<Scalar>& upcoming, int64_t row, int64_t i,
+                                 const Visit& visit) {
     Vector<T> gamma[kRows][kVectors], beta[kRows][kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int64_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int64_t v = 0; v < kVectors; ++v) {
-        gamma[r][v] = beside_row<kPixelRows>(scratch.scale_bias, row + r, i + v * kLanes<T>);
-        beta[r][v] = beside_row<kPixelRows>(scratch.shift_bias, row + r, i + v * kLanes<T>);
+        gamma[r][v] = beside_row<kPixelRows>(factors.scale_bias, row + r, i + v * kLanes<T>);
+        beta[r][v] = beside_row<kPixelRows>(factors.shift_bias, row + r, i + v * kLanes<T>);
       }
     }
-    for (int64_t j = 0; j < terms; ++j) {
+    const T *attention = factors.attention, *scale = factors.scale, *shift = factors.shift;
+    for (int64_t j = 0; j < factors.terms; ++j) {
       if (j < kRows * kVectors) {
         upcoming.template fetch<kPixelRows>(row + j / kVectors, i / kLanes<T> + j % kVectors);
       }
-      const T *attention = scratch.table.rows[j], *scale = scratch.scale.rows[j], *shift = scratch.shift.rows[j];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int64_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int64_t v = 0; v < kVectors; ++v) {
           const Vector<T> weight = beside_pixels<kPixelRows>(attention, row + r, i + v * kLanes<T>);
           gamma[r][v] += weight * beside_row<kPixelRows>(scale, row + r, i + v * kLanes<T>);
           beta[r][v] += weight * beside_row<kPixelRows>(shift, row + r, i + v * kLanes<T>);
         }
       }
+      attention += factors.attention_pitch;
+      scale += factors.row_pitch;
+      shift += factors.row_pitch;
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int64_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 6
       for (int64_t v = 0; v < kVectors; ++v) {
         const int64_t lane = i + v * kLanes<T>;
-        const Vector<T> strength = beside_row<kPixelRows>(scratch.strength, row + r, lane);
-        if (noise_per_pixel()) {
-          beta[r][v] += strength * beside_pixels<kPixelRows>(scratch.table.rows[terms], row + r, lane);
-        } else if (per_element_noise()) {
-          beta[r][v] += strength * load(scratch.noise.rows()[row + r] + lane);
+        if (factors.pixel_noise) {
+          beta[r][v] += beside_row<kPixelRows>(factors.strength, row + r, lane) *
+                        beside_pixels<kPixelRows>(factors.pixel_noise, row + r, lane);
+        } else if (factors.element_noise) {
+          beta[r][v] +=
+              beside_row<kPixelRows>(factors.strength, row + r, lane) * load(factors.element_noise[row + r] + lane);
         }
         visit(row + r, lane, gamma[r][v], beta[r][v]);
       }

@@ -171,35 +171,72 @@ inline Vector<T> shuffle(Vector<T> a, Vector<T> b, std::integer_sequence<int, kI
 }
 #endif
 
-template <int kFirst, int kStep, int... kIndex>
-constexpr std::integer_sequence<int, (kFirst + kStep * kIndex)...> arithmetic(std::integer_sequence<int, kIndex...>) {
+// Lanes change places in two stages: inside 16 bytes, which takes one instruction for two vectors, and then as units of
+// 16 bytes. Of either stage these say which of the lanes of two vectors, one after the other, comes to a place. Inside
+// of each span they take units from the two in turn, all from the first half or the second:
+template <int kLaneCount, int kUnit, int kSpan, int kHalf>
+struct Interleaved {
+  static constexpr int source(int place) {
+    const int unit = place % kSpan / kUnit, begin = place / kSpan * kSpan + kHalf * kSpan / 2;
+    return unit % 2 * kLaneCount + begin + unit / 2 * kUnit + place % kUnit;
+  }
+};
+// or every second unit of the one and then of the other, from the first on or the second.
+template <int kLaneCount, int kUnit, int kSpan, int kParity>
+struct Separated {
+  static constexpr int source(int place) {
+    const int units = kSpan / kUnit, unit = place % kSpan / kUnit, begin = place / kSpan * kSpan;
+    return unit / (units / 2) * kLaneCount + begin + (unit * 2 % units + kParity) * kUnit + place % kUnit;
+  }
+};
+template <typename Pattern, int... kPlace>
+constexpr std::integer_sequence<int, Pattern::source(kPlace)...> sources(std::integer_sequence<int, kPlace...>) {
   return {};
 }
-// First lanes of two vectors from kFirst on, taken in turn.
-template <typename T, int kFirst, int... kIndex>
-constexpr std::integer_sequence<int, (kFirst + kIndex / 2 + kIndex % 2 * static_cast<int>(kLanes<T>))...> interleave(
-    std::integer_sequence<int, kIndex...>) {
-  return {};
+template <typename T, template <int, int, int, int> class Pattern, int kUnit, int kSpan, int kWhich>
+inline Vector<T> shuffle(Vector<T> a, Vector<T> b) {
+  constexpr int kCount = static_cast<int>(kLanes<T>);
+  return shuffle<T>(a, b, sources<Pattern<kCount, kUnit, kSpan, kWhich>>(std::make_integer_sequence<int, kCount>{}));
 }
 template <typename T>
-using LaneSequence = std::make_integer_sequence<int, static_cast<int>(kLanes<T>)>;
+constexpr int kShortLanes = 16 / static_cast<int>(sizeof(T));
 
-// Swaps rows and columns of a square of kLanes vectors: in each step every vector of the first half is interleaved with
-// its partner of the second.
-template <typename T>
-inline void transpose(Vector<T>* square) {
-  constexpr int64_t kHalf = kLanes<T> / 2;
-  constexpr auto kLow = interleave<T, 0>(LaneSequence<T>{});
-  constexpr auto kHigh = interleave<T, static_cast<int>(kHalf)>(LaneSequence<T>{});
+// Swaps rows and columns of squares of vectors, whose columns are units: in each step every vector of the first half is
+// interleaved with its partner of the second.
+template <typename T, int kUnit, int kSpan>
+inline void transpose_units(Vector<T>* vectors) {
+  constexpr int kHalf = kSpan / kUnit / 2;
 #pragma GCC unroll 4
-  for (int64_t step = 1; step < kLanes<T>; step *= 2) {
+  for (int step = 1; step < kSpan / kUnit; step *= 2) {
     Vector<T> before[kLanes<T>];
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kLanes<T>; ++i) before[i] = square[i];
+    for (int64_t i = 0; i < kLanes<T>; ++i) before[i] = vectors[i];
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < kHalf; ++i) {
-      square[2 * i] = shuffle<T>(before[i], before[i + kHalf], kLow);
-      square[2 * i + 1] = shuffle<T>(before[i], before[i + kHalf], kHigh);
+    for (int64_t i = 0; i < kLanes<T> / 2; ++i) {
+      const int64_t square = i / kUnit / kHalf * kSpan, row = i / kUnit % kHalf * kUnit, of_unit = i % kUnit;
+      const Vector<T> a = before[square + row + of_unit], b = before[square + row + kHalf * kUnit + of_unit];
+      vectors[square + 2 * row + of_unit] = shuffle<T, Interleaved, kUnit, kSpan, 0>(a, b);
+      vectors[square + 2 * row + kUnit + of_unit] = shuffle<T, Interleaved, kUnit, kSpan, 1>(a, b);
+    }
+  }
+}
+
+// Swaps rows and columns of a square of kLanes vectors.
+template <typename T>
+inline void transpose(Vector<T>* square) {
+  transpose_units<T, 1, kShortLanes<T>>(square);
+  if constexpr (kShortLanes<T> < kLanes<T>) transpose_units<T, kShortLanes<T>, static_cast<int>(kLanes<T>)>(square);
+}
+
+// Adds up units inside of each span, two vectors at a time.
+template <typename T, int kUnit, int kSpan>
+inline void sum_units(Vector<T>* terms) {
+#pragma GCC unroll 4
+  for (int64_t count = kLanes<T> / kUnit / 2; count >= kLanes<T> / kSpan; count /= 2) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < count; ++i) {
+      const Vector<T> a = terms[2 * i], b = terms[2 * i + 1];
+      terms[i] = shuffle<T, Separated, kUnit, kSpan, 0>(a, b) + shuffle<T, Separated, kUnit, kSpan, 1>(a, b);
     }
   }
 }
@@ -207,16 +244,8 @@ inline void transpose(Vector<T>* square) {
 // Lane i of the result is the sum of all lanes of terms[i]. Overwrites terms.
 template <typename T>
 inline Vector<T> sum_each(Vector<T>* terms) {
-  constexpr auto kEven = arithmetic<0, 2>(LaneSequence<T>{});
-  constexpr auto kOdd = arithmetic<1, 2>(LaneSequence<T>{});
-#pragma GCC unroll 8
-  for (int64_t count = kLanes<T> / 2; count > 0; count /= 2) {
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < count; ++i) {
-      const Vector<T> a = terms[2 * i], b = terms[2 * i + 1];
-      terms[i] = shuffle<T>(a, b, kEven) + shuffle<T>(a, b, kOdd);
-    }
-  }
+  sum_units<T, 1, kShortLanes<T>>(terms);
+  if constexpr (kShortLanes<T> < kLanes<T>) sum_units<T, kShortLanes<T>, static_cast<int>(kLanes<T>)>(terms);
   return terms[0];
 }
 
