@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any, Literal
 
-import torch
-
 from ..labels import tile_size
 from ..tracing import is_tracing
 
@@ -358,27 +356,25 @@ def choose(problem: FoldingProblem, choice: Choice = "auto") -> FoldingChoice:
     if choice not in ("auto", "folded", "projected"):
         raise ValueError(f"choice: expected 'auto', 'folded', 'projected' or a FoldingChoice, got {choice!r}")
     if is_tracing():
-        return FoldingChoice(*_choose_while_tracing(choice, *problem.constant))
+        # Here, because the module imports TorchDynamo, which takes seconds.
+        from .traced_cost import choose_while_tracing
+
+        return FoldingChoice(*choose_while_tracing(choice, *problem.constant))
     key = (problem, choice)
     found = _choices.get(key)
     if found is None:
         if len(_choices) >= _MOST_CHOICES:
             _choices.clear()
-        found = _choices[key] = _fastest(problem, choice)
+        found = _choices[key] = fastest(problem, choice)
     return found
 
 
-def _fastest(problem: FoldingProblem, choice: str) -> FoldingChoice:
+def fastest(problem: FoldingProblem, choice: str) -> FoldingChoice:
+    """:func:`choose` for one of its words, without remembering."""
     for way in estimate(problem):
         if choice == "auto" or way.folded == (choice == "folded"):
             return way
     raise ValueError("choice: expected a projected way, since the result has other channels than x")
-
-
-@torch.compiler.assume_constant_result
-def _choose_while_tracing(choice: str, *problem: Any) -> tuple[Any, ...]:
-    way = _fastest(FoldingProblem(*problem), choice)
-    return way.folded, way.logits, way.values, way.selects
 
 
 _MOST_CHOICES = 4096
