@@ -118,10 +118,17 @@ _LINE = r"65,536 pixels, 19 labels"
 _SAME_AS_SHOWN = r"forward( \+ backward)?"
 
 
-_WHY_NOT_FLEX = (
-    "the goal came from a FlexAttention that took 26 ms where a copy took 3.6; with the blocks and masks of "
-    "`bench/flex.py` it takes less than 8 where a copy takes 2.8"
-)
+_WHY_NOT_ATTENTION = {
+    "ours": (
+        "met with AVX-512; without it the 268 million multiply-adds (counted) alone take 3.4 ms at the rate of the "
+        "convolutions on these cores, 80 billion in a second, where a copy takes 4.4"
+    ),
+    "Flex": (
+        "the goal came from a FlexAttention that took 26 ms where a copy took 3.6; with the blocks and masks of "
+        "`bench/flex.py` it takes less than 8 where a copy takes 2.8"
+    ),
+    "SDPA": "met with AVX-512; without it SDPA takes 76 ms, little more than with it (60), but ours 8.3 (3.8)",
+}
 _WHY_LABELS_COST = (
     "all labels occur in these maps: at 256 x 256 a tile of 8 x 32 pixels holds 13.0 labels of 151 on average, but 1.6 "
     "of 3 (counted), each with rows of latents and part-filled vectors of its own; at 64 x 64 each of 151 labels has "
@@ -140,9 +147,10 @@ _MIXED_TILES = (
 _WHY_NOT_LARGE = {
     "semantic_modulate": {
         False: _MIXED_TILES
-        + "1.2 to 1.3 times the time of rectangles. Of the kernel's time 40 % go into turning, which waits for "
-        "lines of 64 planes, 33 % into logits and softmax, 26 % into the modulation (perf); fetching the next tile or "
-        "planes ahead, leaving tiles of many whole vectors as they are, and writing past the caches gained nothing",
+        + "1.2 to 1.3 times the time of rectangles. Of the kernel's time 40 % went into turning, which waits for "
+        "lines of 64 planes, 33 % into logits and softmax, 26 % into the modulation (perf, before shuffles that stay "
+        "in 16 bytes took a tenth off); fetching the next tile or planes ahead, leaving tiles of many whole vectors as "
+        "they are, and writing past the caches gained nothing",
         True: _OPERATIONS,
     },
     "semantic_pool": {False: _MIXED_TILES + "1.5 to 1.8 times the time of rectangles"},
@@ -175,8 +183,8 @@ _WHY_NOT_MODULE = (
     "15 % Python and the way to the operators; the rest are small operators"
 )
 _WHY_NOT_MODEL = (
-    "the published code takes only 7 to 8 times as long as its convolutions alone at 19 labels (5.3 in training), 40 "
-    "(21) at 151, so that attention would have to be nearly free; docs/profile.md has the shares of what is left"
+    "the published code takes only some 7 times as long as its convolutions alone at 19 labels (5 in training), 40 "
+    "(23) at 151, so that attention would have to be nearly free; docs/profile.md has the shares of what is left"
 )
 _WHY_OVERHEAD = (
     "profiled: some 90 calls of Python functions and methods check the arguments, find the plan and the kernel, and "
@@ -261,7 +269,7 @@ TARGETS = [
             rf"Pixels attend to latents, forward: {_ONE_HEAD}",
             _LINE,
             [goal],
-            reason=_WHY_NOT_FLEX if goal.numerator == "Flex" else "",
+            reason=_WHY_NOT_ATTENTION[goal.numerator],
         )
         for goal in CROSS_ATTENTION[False]
     ),
