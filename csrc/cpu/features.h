@@ -29,6 +29,15 @@ struct Run {
   int64_t row, column;  // of the first pixel in the image
 };
 
+// Calls visit(i, size) for pieces of a run of at most a vector: the first pixel, counted from that of the run, and how
+// many. For whole vectors that is a constant.
+template <typename T, typename Visit>
+inline void each_piece(const Run& run, const Visit& visit) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= run.size; i += kLanes<T>) visit(i, std::integral_constant<int64_t, kLanes<T>>{});
+  if (i < run.size) visit(i, run.size - i);
+}
+
 // The pixels of a block. First come `lines`: whole vectors of `line` adjacent pixels, from a multiple of it in the
 // image. They need no masks, and results for them can be stored from registers to where they belong. Then what is left.
 struct Runs {
@@ -80,6 +89,13 @@ struct FeatureMap {
   }
   Scalar* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
 };
+
+// Whether vectors can be stored past the caches at an address and at all that are a stride or two away from it.
+template <typename T>
+inline bool streamable(const T* address, int64_t stride, int64_t other_stride) {
+  return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0 && stride % kLanes<T> == 0 &&
+         other_stride % kLanes<T> == 0;
+}
 
 template <typename Scalar>
 FeatureMap<Scalar> image_of(const sca_feature_map& map, int64_t image, int64_t channels) {
@@ -225,9 +241,8 @@ class FeatureBlock {
   bool is_copy() const { return !in_place_; }
   // Whether the rows lie in the map itself and all begin where a vector may be streamed to.
   template <typename Scalar>
-  bool streamable(const FeatureMap<Scalar>& map) const {
-    return in_place_ && reinterpret_cast<uintptr_t>(map.data) % kVectorBytes == 0 &&
-           map.column_stride % kLanes<T> == 0 && map.row_stride % kLanes<T> == 0;
+  bool can_stream(const FeatureMap<Scalar>& map) const {
+    return in_place_ && streamable(map.data, map.column_stride, map.row_stride);
   }
   int64_t row_count() const { return pixel_rows_ ? pixels_ : channels_; }
   int64_t width() const { return pixel_rows_ ? channel_pitch_ : width_; }

@@ -35,7 +35,8 @@ class FoldedAttention {
   static constexpr int64_t kMostChunks = 16;
   // Channels from which on lane sums over a row of them cost less than what they save; more where a map is too large
   // for its tiles to be in the caches.
-  static constexpr int64_t kFewestTurned = 4 * kLanes<T>, kFewestTurnedOfLarge = 8 * kLanes<T>;
+  static constexpr int64_t kFewestTurned = smaller<int64_t>(4 * kLanes<T>, 32);
+  static constexpr int64_t kFewestTurnedOfLarge = smaller<int64_t>(8 * kLanes<T>, 64);
 
   // `blocks`: how many blocks of pixels a thread holds at once.
   FoldedAttention(const Call& call, int64_t blocks)
@@ -240,13 +241,12 @@ class FoldedAttention {
       const T* rows = static_cast<const T*>(by_row) + row(image, head, latent) * call_.height;
       const T* columns = static_cast<const T*>(by_column) + row(image, head, latent) * call_.width;
       for (const Run& run : runs) {
-        T* __restrict target = table.rows[j] + run.begin;
         const T row_value = by_row ? rows[run.row] : T(0);
-        if (by_column) {
-          for (int64_t i = 0; i < run.size; ++i) target[i] += row_value + columns[run.column + i];
-        } else {
-          for (int64_t i = 0; i < run.size; ++i) target[i] += row_value;
-        }
+        each_piece<T>(run, [&](int64_t i, auto size) {
+          T* target = table.rows[j] + run.begin + i;
+          const Vector<T> by_columns = by_column ? load_some(columns + run.column + i, size) : Vector<T>{};
+          store_some<T>(target, load_some(target, size) + (by_columns + row_value), size);
+        });
       }
     });
   }

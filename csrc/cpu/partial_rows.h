@@ -33,16 +33,27 @@ class PartialRows {
                        Range& reached) const {
     reach(runs, sums, count, reached);
     for (int64_t j = 0; j < count; ++j) {
+      T *rows = sums[j] + channel_sums_, *columns = sums[j] + column_begin_;
+      // The sums over the lanes of several vectors are made together.
+      Vector<T> values[kLanes<T>];
+      int64_t row[kLanes<T>], pending = 0;
+      const auto add_to_rows = [&] {
+        for (int64_t i = pending; i < kLanes<T>; ++i) values[i] = Vector<T>{};
+        T totals[kLanes<T>];
+        store<T>(totals, sum_each<T>(values));
+        for (int64_t i = 0; i < pending; ++i) rows[row[i]] += totals[i];
+        pending = 0;
+      };
       for (const Run& run : runs) {
-        const T* values = table.rows[j] + run.begin;
-        T* __restrict columns = sums[j] + column_begin_ + run.column;
-        T total = 0;
-        for (int64_t i = 0; i < run.size; ++i) {
-          columns[i] += values[i];
-          total += values[i];
-        }
-        sums[j][channel_sums_ + run.row - first_row] += total;
+        each_piece<T>(run, [&](int64_t i, auto size) {
+          T* target = columns + run.column + i;
+          values[pending] = load_some(table.rows[j] + run.begin + i, size);
+          store_some<T>(target, load_some(target, size) + values[pending], size);
+          row[pending++] = run.row - first_row;
+          if (pending == kLanes<T>) add_to_rows();
+        });
       }
+      if (pending > 0) add_to_rows();
     }
   }
 

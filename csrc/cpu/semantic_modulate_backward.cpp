@@ -98,7 +98,7 @@ class Backward : public SemanticModulate<Scalar> {
     Base::walk_chunk(
         image, chunk, turned, x, x.same_strides(grad_out) ? grad_out : FeatureMap<Scalar>{}, scratch.labels,
         [&](const Segment& segment, const Ahead& ahead) {
-          differentiate_label(image, chunk, segment, ahead, x, grad_out, grad_x, scratch);
+          differentiate_label(image, chunk, segment, ahead, x, grad_out, grad_x, Base::streamed(), scratch);
         },
         [&](const Rectangle& place, const Segment* segments, int64_t count) {
           scratch.x_tile.load(x, place);
@@ -106,16 +106,17 @@ class Backward : public SemanticModulate<Scalar> {
           // Pixels of grad_out, which are copied before anything else, turn into those of grad_x where they lie.
           const FeatureMap<T> gradient = scratch.grad_out_tile.map(place);
           for (int64_t i = 0; i < count; ++i) {
-            differentiate_label(image, chunk, segments[i], {}, scratch.x_tile.map(place), gradient, gradient, scratch);
+            differentiate_label(image, chunk, segments[i], {}, scratch.x_tile.map(place), gradient, gradient, false,
+                                scratch);
           }
-          if (wants_x) scratch.grad_out_tile.store_to(grad_x, place);
+          if (wants_x) scratch.grad_out_tile.store_to(grad_x, place, Base::streamed());
         });
   }
 
   template <typename Stored>
   void differentiate_label(int64_t image, int64_t chunk, const Segment& segment, const Ahead& ahead,
                            const FeatureMap<Stored>& x, const FeatureMap<Stored>& grad_out,
-                           const FeatureMap<Stored>& grad_x, Scratch& scratch) const {
+                           const FeatureMap<Stored>& grad_x, bool streamed, Scratch& scratch) const {
     const Range latents = ImageTokens(call_.latents, image).with_label(segment.label);
     const bool wants_x = gradients_.grad_x.data != nullptr;
     Base::load_label(image, latents, scratch);
@@ -137,7 +138,7 @@ class Backward : public SemanticModulate<Scalar> {
                          differentiate_modulation<false>(image, chunk, latents, runs, upcoming, scratch);
                        }
                        differentiate_attention(latents, runs, first_row, reached, scratch);
-                       if (wants_x) scratch.result.scatter(grad_x, runs);
+                       if (wants_x) scratch.result.scatter(grad_x, runs, streamed);
                      });
   }
 

@@ -53,7 +53,7 @@ class Forward : public SemanticModulate<Scalar> {
           // The pixels turn into the result where they lie.
           const FeatureMap<T> tile = scratch.x_tile.map(place);
           for (int64_t i = 0; i < count; ++i) modulate_label(image, segments[i], {}, tile, tile, false, scratch);
-          scratch.x_tile.store_to(out, place);
+          scratch.x_tile.store_to(out, place, Base::streamed());
         });
   }
 
@@ -71,7 +71,7 @@ class Forward : public SemanticModulate<Scalar> {
                        const Lines<Stored> lines(out, runs, streamed);
                        Base::fill_table(image, latents, runs, scratch);
                        if (scratch.x.pixel_rows()) {
-                         modulate<true>(image, latents, runs, upcoming, streamed && result.streamable(out), lines,
+                         modulate<true>(image, latents, runs, upcoming, streamed && result.can_stream(out), lines,
                                         result, scratch);
                          result.scatter(out, runs);
                        } else {

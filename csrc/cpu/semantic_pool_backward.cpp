@@ -98,7 +98,7 @@ class Backward : public SemanticPool<Scalar> {
             differentiate_label(image, chunk, segments[i], {}, scratch.x_tile.map(place),
                                 scratch.gradient_tile.map(place), false, scratch);
           }
-          if (wants_x) scratch.gradient_tile.store_to(grad_x, place);
+          if (wants_x) scratch.gradient_tile.store_to(grad_x, place, Base::streamed());
         });
   }
 

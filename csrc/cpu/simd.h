@@ -91,9 +91,10 @@ inline __m256i first_lanes(int64_t count) {
 }
 #endif
 
-// The first `count` lanes; nothing behind them is touched.
+// The first `count` lanes; nothing behind them is touched. All lanes need no mask where the compiler knows that.
 template <typename T>
 inline Vector<T> load_some(const T* source, int64_t count) {
+  if (__builtin_constant_p(count == kLanes<T>) && count == kLanes<T>) return load(source);
 #if defined(__AVX512F__)
   const auto mask = static_cast<uint16_t>((1u << count) - 1);
   if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(mask, source);
@@ -109,6 +110,7 @@ inline Vector<T> load_some(const T* source, int64_t count) {
 }
 template <typename T>
 inline void store_some(T* target, Vector<T> value, int64_t count) {
+  if (__builtin_constant_p(count == kLanes<T>) && count == kLanes<T>) return store<T>(target, value);
 #if defined(__AVX512F__)
   const auto mask = static_cast<uint16_t>((1u << count) - 1);
   if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(target, mask, value);

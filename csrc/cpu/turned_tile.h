@@ -40,19 +40,34 @@ class TurnedTile {
     });
   }
 
-  void store_to(const FeatureMap<Scalar>& map, const Rectangle& place) const {
+  // With `streamed`, past the caches where the map's memory allows it: a vector must be a whole line of the cache, a
+  // part of which would be written by itself.
+  void store_to(const FeatureMap<Scalar>& map, const Rectangle& place, bool streamed) const {
+    if constexpr (std::is_same_v<Scalar, T> && kVectorBytes == 64) {
+      if (streamed && place.width % kLanes<T> == 0 &&
+          streamable(map.at(place.row, place.column), map.channel_stride, map.row_stride)) {
+        store_squares(map, place, [](T* pixels, Vector<T> value, int64_t) { stream<T>(pixels, value); });
+        return;
+      }
+    }
+    store_squares(map, place,
+                  [](Scalar* pixels, Vector<T> value, int64_t count) { store_narrowed(pixels, value, count); });
+  }
+
+ private:
+  template <typename Write>
+  void store_squares(const FeatureMap<Scalar>& map, const Rectangle& place, const Write& write) const {
     each_square(map, place, [&](Scalar* pixels, const T* turned, int64_t channel, auto count) {
       Vector<T> square[kLanes<T>] = {};
       for (int64_t k = 0; k < count; ++k) square[k] = sca::SCA_CPU_CAPABILITY::load(turned + k * channels_ + channel);
       transpose<T>(square);
 #pragma GCC unroll 16
       for (int64_t k = 0; k < kLanes<T>; ++k) {
-        store_narrowed(pixels + (channel + k) * map.channel_stride, square[k], count);
+        write(pixels + (channel + k) * map.channel_stride, square[k], count);
       }
     });
   }
 
- private:
   // Calls visit(pixels in the map, the first of them here, first channel, number of pixels) for each square; that
   // number is a constant where it is that of a vector's lanes. All of a few planes come before the next: planes a power
   // of two apart share sets of the caches, which hold the lines of a few, and each has pages of its own.
