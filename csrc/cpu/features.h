@@ -41,12 +41,14 @@ inline void each_piece(const Run& run, const Visit& visit) {
 // The pixels of a block. First come `lines`: whole vectors of `line` adjacent pixels, from a multiple of it in the
 // image. They need no masks, and results for them can be stored from registers to where they belong. Then what is left.
 struct Runs {
-  int64_t pixels = 0, count = 0, lines = 0;
+  int64_t pixels, count, lines;
   Run list[kMostPixels];
 
-  Runs() = default;
-  Runs(const Positions& tokens, int64_t size, int64_t image_width, int64_t line) : pixels(size) {
+  // Those of the first `size` tokens.
+  void find(const Positions& tokens, int64_t size, int64_t image_width, int64_t line) {
     Run rest[kMostPixels];
+    pixels = size;
+    lines = 0;
     int64_t rest_count = 0;
     const auto leave = [&](int64_t row, int64_t column, int64_t end) {
       if (column < end) rest[rest_count++] = {0, end - column, row, column};
@@ -90,11 +92,12 @@ struct FeatureMap {
   Scalar* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
 };
 
-// Whether vectors can be stored past the caches at an address and at all that are a stride or two away from it.
+// Whether an address, and all that are a stride or two away from it, are multiples of so many bytes.
 template <typename T>
-inline bool streamable(const T* address, int64_t stride, int64_t other_stride) {
-  return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0 && stride % kLanes<T> == 0 &&
-         other_stride % kLanes<T> == 0;
+inline bool aligned(const T* address, int64_t stride, int64_t other_stride, int64_t bytes) {
+  const int64_t numbers = bytes / int64_t{sizeof(T)};
+  return reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(bytes) == 0 && stride % numbers == 0 &&
+         other_stride % numbers == 0;
 }
 
 template <typename Scalar>
@@ -241,8 +244,8 @@ class FeatureBlock {
   bool is_copy() const { return !in_place_; }
   // Whether the rows lie in the map itself and all begin where a vector may be streamed to.
   template <typename Scalar>
-  bool can_stream(const FeatureMap<Scalar>& map) const {
-    return in_place_ && streamable(map.data, map.column_stride, map.row_stride);
+  bool streamable(const FeatureMap<Scalar>& map) const {
+    return in_place_ && aligned(map.data, map.column_stride, map.row_stride, kVectorBytes);
   }
   int64_t row_count() const { return pixel_rows_ ? pixels_ : channels_; }
   int64_t width() const { return pixel_rows_ ? channel_pitch_ : width_; }

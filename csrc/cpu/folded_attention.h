@@ -167,18 +167,23 @@ class FoldedAttention {
   // Calls visit(runs, upcoming) for each block of a label's pixels.
   template <typename Visit>
   void each_block(const ImageTokens& pixels, Range positions, const Ahead& ahead, const Visit& visit) const {
-    const auto runs_at = [&](Range range) {
-      return Runs(pixels.at(range.begin), smaller(block_, range.size()), call_.width, kLanes<T>);
+    const auto find = [&](Runs& runs, Range range) {
+      runs.find(pixels.at(range.begin), smaller(block_, range.size()), call_.width, kLanes<T>);
     };
-    Runs runs = runs_at(positions);
+    // The block at hand and the next change places: a copy would drive much else out of the nearest cache.
+    Runs blocks[2];
+    Runs *runs = blocks, *following = blocks + 1;
+    find(*runs, positions);
     for (int64_t p = positions.begin; p < positions.end; p += block_) {
       const bool last = p + block_ >= positions.end;
-      const Runs following = runs_at(last ? ahead.positions : Range{p + block_, positions.end});
-      Upcoming<Scalar> upcoming(ahead.first, ahead.second, runs.pixels);
-      if (ahead.first.data) upcoming.add(following);
+      find(*following, last ? ahead.positions : Range{p + block_, positions.end});
+      Upcoming<Scalar> upcoming(ahead.first, ahead.second, runs->pixels);
+      if (ahead.first.data) upcoming.add(*following);
       if (last) upcoming.add(ahead.place);
-      visit(runs, upcoming);
+      visit(*runs, upcoming);
+      Runs* visited = runs;
       runs = following;
+      following = visited;
     }
   }
 
@@ -237,18 +242,21 @@ class FoldedAttention {
   void add_by_position(const Runs& runs, int64_t image, Range latents, const void* by_row, const void* by_column,
                        const RowTable<T>& table) const {
     if (!by_row && !by_column) return;
-    each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
-      const T* rows = static_cast<const T*>(by_row) + row(image, head, latent) * call_.height;
-      const T* columns = static_cast<const T*>(by_column) + row(image, head, latent) * call_.width;
-      for (const Run& run : runs) {
-        const T row_value = by_row ? rows[run.row] : T(0);
-        each_piece<T>(run, [&](int64_t i, auto size) {
+    // All rows in turns: what is added to a part of a vector waits for what was added to the part before.
+    for (const Run& run : runs) {
+      each_piece<T>(run, [&](int64_t i, auto size) {
+        each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
+          const int64_t table_row = row(image, head, latent);
           T* target = table.rows[j] + run.begin + i;
-          const Vector<T> by_columns = by_column ? load_some(columns + run.column + i, size) : Vector<T>{};
-          store_some<T>(target, load_some(target, size) + (by_columns + row_value), size);
+          Vector<T> sum = load_some(target, size);
+          if (by_column) {
+            sum += load_some(static_cast<const T*>(by_column) + table_row * call_.width + run.column + i, size);
+          }
+          if (by_row) sum += static_cast<const T*>(by_row)[table_row * call_.height + run.row];
+          store_some<T>(target, sum, size);
         });
-      }
-    });
+      });
+    }
   }
 
   const Call& call_;
@@ -262,15 +270,20 @@ class FoldedAttention {
     return {row, column, smaller(call_.tile_height, call_.height - row),
             smaller(call_.tile_width, call_.width - column)};
   }
-  int64_t tile_of(int64_t pixel) const {
-    const int64_t row = pixel / call_.width, column = pixel - row * call_.width;
-    return row / call_.tile_height * tiles_across_ + column / call_.tile_width;
+  // Whether a pixel is in a tile that comes before the one whose first pixel is at a row and a column, or would be: a
+  // column behind the last is after all tiles of that row.
+  bool comes_before(int64_t pixel, int64_t row, int64_t column) const {
+    const int64_t from_row = pixel - row * call_.width;
+    if (from_row < 0) return true;
+    return from_row < call_.tile_height * call_.width &&
+           static_cast<uint32_t>(from_row) % static_cast<uint32_t>(call_.width) < static_cast<uint64_t>(column);
   }
   // Where the pixels of a label, which are sorted by tile, reach a tile.
   int64_t first_in_tile(const ImageTokens& pixels, Range range, int64_t tile) const {
+    const Rectangle place = place_of(tile);
     while (range.size() > 0) {
       const int64_t middle = range.begin + range.size() / 2;
-      if (tile_of(pixels.at(middle)[0]) < tile) {
+      if (comes_before(pixels.at(middle)[0], place.row, place.column)) {
         range.begin = middle + 1;
       } else {
         range.end = middle;
@@ -289,13 +302,14 @@ class FoldedAttention {
   // Lists the labels of the next tile of a chunk, and returns how many; what is left of their positions begins after
   // it.
   int64_t find_labels_of_tile(const ImageTokens& pixels, int64_t tile, ChunkLabels& labels) const {
+    const Rectangle place = place_of(tile);
     int64_t found = 0;
     for (int64_t i = 0; i < labels.count; ++i) {
       Range& rest = labels.list[i].positions;
       int64_t end = rest.begin, step = 1;
       // Few positions are in one tile, if any: their end is searched in steps that grow and then shrink.
       const auto in_tile = [&](int64_t position) {
-        return position < rest.end && tile_of(pixels.at(position)[0]) <= tile;
+        return position < rest.end && comes_before(pixels.at(position)[0], place.row, place.column + call_.tile_width);
       };
       for (; in_tile(end + step - 1); step *= 2) end += step;
       for (; step > 0; step /= 2) {

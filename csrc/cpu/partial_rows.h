@@ -32,28 +32,8 @@ class PartialRows {
   void add_by_position(const Runs& runs, const RowTable<T>& table, int64_t count, T* const* sums, int64_t first_row,
                        Range& reached) const {
     reach(runs, sums, count, reached);
-    for (int64_t j = 0; j < count; ++j) {
-      T *rows = sums[j] + channel_sums_, *columns = sums[j] + column_begin_;
-      // The sums over the lanes of several vectors are made together.
-      Vector<T> values[kLanes<T>];
-      int64_t row[kLanes<T>], pending = 0;
-      const auto add_to_rows = [&] {
-        for (int64_t i = pending; i < kLanes<T>; ++i) values[i] = Vector<T>{};
-        T totals[kLanes<T>];
-        store<T>(totals, sum_each<T>(values));
-        for (int64_t i = 0; i < pending; ++i) rows[row[i]] += totals[i];
-        pending = 0;
-      };
-      for (const Run& run : runs) {
-        each_piece<T>(run, [&](int64_t i, auto size) {
-          T* target = columns + run.column + i;
-          values[pending] = load_some(table.rows[j] + run.begin + i, size);
-          store_some<T>(target, load_some(target, size) + values[pending], size);
-          row[pending++] = run.row - first_row;
-          if (pending == kLanes<T>) add_to_rows();
-        });
-      }
-      if (pending > 0) add_to_rows();
+    for (int64_t j = 0; j < count; j += kTogether) {
+      add_some_by_position(runs, table.rows + j, smaller(kTogether, count - j), sums + j, first_row);
     }
   }
 
@@ -69,6 +49,36 @@ class PartialRows {
   }
 
  private:
+  // Sums that are added to in turns: what is added to one place of memory waits for what was added there before.
+  static constexpr int64_t kTogether = 8;
+
+  void add_some_by_position(const Runs& runs, T* const* table, int64_t count, T* const* sums, int64_t first_row) const {
+    // The sums over the lanes of several vectors are made together, too.
+    Vector<T> values[kTogether][kLanes<T>];
+    int64_t row[kLanes<T>], pending = 0;
+    const auto add_to_rows = [&] {
+      for (int64_t j = 0; j < count; ++j) {
+        for (int64_t i = pending; i < kLanes<T>; ++i) values[j][i] = Vector<T>{};
+        T totals[kLanes<T>];
+        store<T>(totals, sum_each<T>(values[j]));
+        for (int64_t i = 0; i < pending; ++i) sums[j][channel_sums_ + row[i]] += totals[i];
+      }
+      pending = 0;
+    };
+    for (const Run& run : runs) {
+      each_piece<T>(run, [&](int64_t i, auto size) {
+        for (int64_t j = 0; j < count; ++j) {
+          T* column = sums[j] + column_begin_ + run.column + i;
+          values[j][pending] = load_some(table[j] + run.begin + i, size);
+          store_some<T>(column, load_some(column, size) + values[j][pending], size);
+        }
+        row[pending++] = run.row - first_row;
+        if (pending == kLanes<T>) add_to_rows();
+      });
+    }
+    if (pending > 0) add_to_rows();
+  }
+
   // Widens what is reached to the columns of some runs.
   void reach(const Runs& runs, T* const* sums, int64_t count, Range& reached) const {
     Range wanted = reached.size() > 0 ? reached : Range{runs.list[0].column, runs.list[0].column};

@@ -71,7 +71,7 @@ class Forward : public SemanticModulate<Scalar> {
                        const Lines<Stored> lines(out, runs, streamed);
                        Base::fill_table(image, latents, runs, scratch);
                        if (scratch.x.pixel_rows()) {
-                         modulate<true>(image, latents, runs, upcoming, streamed && result.can_stream(out), lines,
+                         modulate<true>(image, latents, runs, upcoming, streamed && result.streamable(out), lines,
                                         result, scratch);
                          result.scatter(out, runs);
                        } else {

@@ -40,38 +40,55 @@ class TurnedTile {
     });
   }
 
-  // With `streamed`, past the caches where the map's memory allows it: a vector must be a whole line of the cache, a
-  // part of which would be written by itself.
+  // With `streamed`, past the caches where the map's memory allows it.
   void store_to(const FeatureMap<Scalar>& map, const Rectangle& place, bool streamed) const {
-    if constexpr (std::is_same_v<Scalar, T> && kVectorBytes == 64) {
-      if (streamed && place.width % kLanes<T> == 0 &&
-          streamable(map.at(place.row, place.column), map.channel_stride, map.row_stride)) {
-        store_squares(map, place, [](T* pixels, Vector<T> value, int64_t) { stream<T>(pixels, value); });
+    if constexpr (std::is_same_v<Scalar, T>) {
+      const T* first = map.at(place.row, place.column);
+      if (streamed && place.width % kLine == 0 && aligned(first, map.channel_stride, map.row_stride, kLineBytes)) {
+        stream_to(map, place);
         return;
       }
     }
-    store_squares(map, place,
-                  [](Scalar* pixels, Vector<T> value, int64_t count) { store_narrowed(pixels, value, count); });
-  }
-
- private:
-  template <typename Write>
-  void store_squares(const FeatureMap<Scalar>& map, const Rectangle& place, const Write& write) const {
     each_square(map, place, [&](Scalar* pixels, const T* turned, int64_t channel, auto count) {
       Vector<T> square[kLanes<T>] = {};
       for (int64_t k = 0; k < count; ++k) square[k] = sca::SCA_CPU_CAPABILITY::load(turned + k * channels_ + channel);
       transpose<T>(square);
 #pragma GCC unroll 16
       for (int64_t k = 0; k < kLanes<T>; ++k) {
-        write(pixels + (channel + k) * map.channel_stride, square[k], count);
+        store_narrowed(pixels + (channel + k) * map.channel_stride, square[k], count);
       }
     });
   }
 
-  // Calls visit(pixels in the map, the first of them here, first channel, number of pixels) for each square; that
-  // number is a constant where it is that of a vector's lanes. All of a few planes come before the next: planes a power
-  // of two apart share sets of the caches, which hold the lines of a few, and each has pages of its own.
-  template <typename Visit>
+ private:
+  static constexpr int64_t kLineBytes = 64, kLine = kLineBytes / int64_t{sizeof(T)};  // of the caches
+
+  // Squares side by side that make whole lines of the caches: a part of one would be written by itself.
+  void stream_to(const FeatureMap<T>& map, const Rectangle& place) const {
+    constexpr int64_t kSquares = kLine / kLanes<T>;
+    each_square<kLine>(map, place, [&](T* pixels, const T* turned, int64_t channel, auto) {
+      Vector<T> squares[kSquares][kLanes<T>];
+      for (int64_t s = 0; s < kSquares; ++s) {
+#pragma GCC unroll 16
+        for (int64_t k = 0; k < kLanes<T>; ++k) {
+          squares[s][k] = sca::SCA_CPU_CAPABILITY::load(turned + (s * kLanes<T> + k) * channels_ + channel);
+        }
+        transpose<T>(squares[s]);
+      }
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < kLanes<T>; ++k) {
+        for (int64_t s = 0; s < kSquares; ++s) {
+          stream<T>(pixels + (channel + k) * map.channel_stride + s * kLanes<T>, squares[s][k]);
+        }
+      }
+    });
+  }
+
+  // Calls visit(pixels in the map, the first of them here, first channel, number of pixels) for each square, or what of
+  // squares side by side has `kPixels` pixels; that number is a constant but for the last ones. All of a few planes
+  // come before the next: planes a power of two apart share sets of the caches, which hold the lines of a few, and each
+  // has pages of its own.
+  template <int64_t kPixels = kLanes<T>, typename Visit>
   void each_square(const FeatureMap<Scalar>& map, const Rectangle& place, const Visit& visit) const {
     const bool one_line = map.row_stride == place.width;
     const int64_t lines = one_line ? 1 : place.height, size = one_line ? place.height * place.width : place.width;
@@ -80,8 +97,8 @@ class TurnedTile {
         Scalar* pixels = map.at(place.row + line, place.column);
         T* turned = memory_ + line * size * channels_;
         int64_t i = 0;
-        for (; i + kLanes<T> <= size; i += kLanes<T>) {
-          visit(pixels + i, turned + i * channels_, channel, std::integral_constant<int64_t, kLanes<T>>{});
+        for (; i + kPixels <= size; i += kPixels) {
+          visit(pixels + i, turned + i * channels_, channel, std::integral_constant<int64_t, kPixels>{});
         }
         if (i < size) visit(pixels + i, turned + i * channels_, channel, size - i);
       }
