@@ -33,7 +33,9 @@ class TurnedTile {
       Vector<T> square[kLanes<T>];
 #pragma GCC unroll 16
       for (int64_t k = 0; k < kLanes<T>; ++k) {
-        square[k] = load_widened(pixels + (channel + k) * map.channel_stride, count);
+        const Scalar* source = pixels + (channel + k) * map.channel_stride;
+        prefetch(source + map.row_stride);  // the row below follows, a few squares later
+        square[k] = load_widened(source, count);
       }
       transpose<T>(square);
       for (int64_t k = 0; k < count; ++k) store<T>(turned + k * channels_ + channel, square[k]);
