@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from ..labels import plan_shapes
-from . import capability, native, thread_count
-
-_WORK_PER_PIXEL = 16  # in multiply-adds
+from . import native, settings
 
 
 def label_plan(
@@ -22,12 +20,10 @@ def label_plan(
     offsets = torch.empty(offsets_shape, dtype=torch.int64)
     tile_counts = torch.empty(counts_shape, dtype=torch.int32)
     tile_segments = torch.empty(segments_shape, dtype=torch.int32)
-    threads = thread_count(labels.numel() * _WORK_PER_PIXEL)
-    workspace = torch.empty(max(threads, batch) * (num_labels + 1), dtype=torch.int32)
+    workspace = torch.empty(max(torch.get_num_threads(), batch) * (num_labels + 1), dtype=torch.int32)
     native.label_plan(
         (
-            capability(),
-            threads,
+            *settings(labels),
             *(batch, height, width, num_labels, tile_height, tile_width),
             labels,
             *(order, offsets, tile_counts, tile_segments),
