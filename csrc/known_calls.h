@@ -114,8 +114,9 @@ class KnownCalls {
     if (may_be_negated(tensor) && is_neg_(py::handle(value)).cast<bool>()) return false;
     const int64_t type = int64_t{tensor.scalar.code} << 8 | tensor.scalar.bits;
     const int64_t device = int64_t{tensor.device.type} << 16 | (tensor.device.index & 0xFFFF);
-    signature.push_back(kTensor | requires_grad(value) << 8 | int64_t{tensor.dimensions} << 16 | type << 24 |
-                        device << 40);
+    const bool is_floating = tensor.scalar.code == dlpack::kFloat || tensor.scalar.code == dlpack::kBfloat;
+    const int64_t differentiable = is_floating && requires_grad(value);  // integers never are
+    signature.push_back(kTensor | differentiable << 8 | int64_t{tensor.dimensions} << 16 | type << 24 | device << 40);
     signature.insert(signature.end(), tensor.shape, tensor.shape + tensor.dimensions);
     signature.insert(signature.end(), tensor.strides, tensor.strides + tensor.dimensions);
     return true;
@@ -131,7 +132,7 @@ class KnownCalls {
   }
 
   // By the descriptor of the class: looking the attribute up by name would take longer than all that it does.
-  int64_t requires_grad(PyObject* value) const {
+  bool requires_grad(PyObject* value) const {
     PyTypeObject* type = Py_TYPE(requires_grad_.ptr());
     PyObject* found = type->tp_descr_get(requires_grad_.ptr(), value, reinterpret_cast<PyObject*>(Py_TYPE(value)));
     if (!found) throw py::error_already_set();

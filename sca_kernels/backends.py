@@ -162,7 +162,7 @@ def resolve(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     forced = _forced.name
     if not forced:
-        return default(operator, device, dtype)
+        return _defaults.get((operator, device, dtype)) or default(operator, device, dtype)
     _check_name(forced, "SCA_BACKEND")
     reason = BACKENDS[forced].why_not_for(operator, device, dtype)
     if reason is not None:

@@ -87,8 +87,7 @@ def call(operator: str, given: Mapping[str, Any]) -> tuple[Tensor, ...]:
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that other tests made are forgotten for a while."""
     for operator in CHECKS:
-        known = calls_of(operator)
-        monkeypatch.setattr(known, "_calls", KnownCalls(operator)._calls)
+        monkeypatch.setattr(calls_of(operator), "_calls", KnownCalls(operator, 0)._calls)
 
 
 def calls_of(operator: str) -> KnownCalls:
@@ -168,7 +167,7 @@ def test_known_with_and_without_gradients(operator, checked):
             results = call(operator, given)
         assert not results[0].requires_grad
         assert_same(results, expected)
-    assert checked == [operator] * 2
+    assert checked == [operator] * 3  # without a tensor that requires gradients, with one, with one in vain
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -321,7 +320,7 @@ def test_the_instruction_set_is_asked_each_time(operator):
         for name in cpu.capabilities():
             cpu.set_capability(name)
             known = call(operator, given)
-            calls_of(operator)._calls = KnownCalls(operator)._calls
+            calls_of(operator)._calls = KnownCalls(operator, 0)._calls
             assert_same(known, call(operator, given))
     finally:
         cpu.set_capability(before)
@@ -334,9 +333,9 @@ def test_the_number_of_threads_is_asked_each_time(operator, use_threads, monkeyp
     seen: list[int] = []
     run = cpu.run
 
-    def follow(function: Callable[..., None], tensor: Tensor, settings: tuple[int, ...], *rest: Any) -> None:
+    def follow(kernel: str, tensor: Tensor, settings: tuple[int, ...], *rest: Any) -> None:
         seen.append(settings[1])
-        run(function, tensor, settings, *rest)
+        run(kernel, tensor, settings, *rest)
 
     monkeypatch.setattr(cpu, "run", follow)
     for threads in (2, 1, 3):
@@ -382,6 +381,25 @@ def test_forward_mode_and_transforms_are_still_refused(operator):
         torch.func.grad(lambda tensor: call(operator, {**given, name: tensor})[0].sum())(given[name])
 
 
+@pytest.mark.parametrize("operator", ["semantic_modulate", "instance_modulate"])
+def test_noise_that_requires_a_gradient_is_refused_after_calls_without(operator):
+    given = arguments(operator)
+    given["noise"].requires_grad_()
+    with torch.no_grad():
+        for _ in range(2):
+            call(operator, given)
+    with pytest.raises(ValueError, match="noise: expected a tensor that takes no gradient"):
+        call(operator, given)
+
+
+def test_a_number_that_is_a_tensor_is_read_each_time():
+    x, eps = torch.randn(1, 2, 3, 4), torch.tensor(1e-5)
+    for number in (1e-5, 1e5, 1e-5):
+        eps.fill_(number)
+        actual = sca_kernels.instance_modulate(x, eps=eps)
+        torch.testing.assert_close(actual, sca_kernels.instance_modulate(x, eps=number))
+
+
 def test_autocast_still_casts():
     given = arguments("semantic_cross_attention")
     for _ in range(2):
@@ -397,7 +415,7 @@ def test_nothing_is_kept_alive(operator):
     for _ in range(2):
         results = call(operator, given)
     seen = [weakref.ref(value) for value in (*given.values(), *results) if isinstance(value, Tensor | LabelMap)]
-    assert len(calls_of(operator)._calls) == 1
+    assert sum(map(len, calls_of(operator)._calls or ())) == 1
     del given, results
     gc.collect()
     assert [reference() for reference in seen] == [None] * len(seen)

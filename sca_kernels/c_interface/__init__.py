@@ -7,7 +7,6 @@ where a kernel needs it. What is left to do here is to find memory for the resul
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -16,9 +15,6 @@ from torch import Tensor
 class Library(Protocol):
     """The kernels for one kind of device. The modules ``sca_kernels.cpu`` and ``sca_kernels.cuda`` are libraries."""
 
-    def kernels(self) -> Any:
-        """The compiled module."""
-
     def settings(self, tensor: Tensor) -> tuple[int, int, int]:
         """Which kernels serve a call with this tensor, how many threads or multiprocessors there are, and how many
         multiply-adds a call must have for each of them, to be given more than one."""
@@ -26,5 +22,5 @@ class Library(Protocol):
     def prepare_result(self, tensor: Tensor) -> Tensor:
         """Prepares the memory of a result to be written for the first time; returns the tensor."""
 
-    def run(self, function: Callable[..., None], tensor: Tensor, *arguments: Any) -> None:
-        """Runs a kernel where the tensor is: a function of the compiled module, with its arguments."""
+    def run(self, kernel: str, tensor: Tensor, *arguments: Any) -> None:
+        """Runs a kernel where the tensor is: a function of the compiled module by its name, with its arguments."""

@@ -22,7 +22,7 @@ def instance_modulate(library: Library, *arguments: Any, for_backward: bool = Tr
         if mean is not None:
             stats[0] = mean
             stats[1] = rstd
-    library.run(library.kernels().instance_modulate, x, library.settings(x), arguments, (out, stats))
+    library.run("instance_modulate", x, library.settings(x), arguments, (out, stats))
     return out, stats
 
 
@@ -45,7 +45,7 @@ def instance_modulate_backward(library: Library, grad_out: Tensor, *arguments: A
     ]
     given = stats if stats_given else None
     library.run(
-        library.kernels().instance_modulate_backward,
+        "instance_modulate_backward",
         x,
         library.settings(x),
         (x, gamma, beta, given, given, noise, noise_seed, noise_strength, *settings),

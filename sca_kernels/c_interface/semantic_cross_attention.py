@@ -18,7 +18,7 @@ def semantic_cross_attention(library: Library, *arguments: Any) -> tuple[Tensor,
     library.prepare_result(out)
     if empty_value is not None:
         arguments = (*arguments[:3], _like_lse(empty_value, value, lse), *arguments[4:])
-    library.run(library.kernels().semantic_cross_attention, query, library.settings(query), arguments, results)
+    library.run("semantic_cross_attention", query, library.settings(query), arguments, results)
     return results
 
 
@@ -38,7 +38,7 @@ def semantic_cross_attention_backward(
     if empty_value is not None:
         empty_value = _like_lse(empty_value, value, lse)
     library.run(
-        library.kernels().semantic_cross_attention_backward,
+        "semantic_cross_attention_backward",
         query,
         library.settings(query),
         (query, key, value, empty_value, *rest),

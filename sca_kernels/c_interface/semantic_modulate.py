@@ -22,7 +22,7 @@ def semantic_modulate(library: Library, *arguments: Any, for_backward: bool = Tr
         if mean is not None:
             stats[0] = mean
             stats[1] = rstd
-    library.run(library.kernels().semantic_modulate, x, _settings(library, x), arguments, (out, stats))
+    library.run("semantic_modulate", x, _settings(library, x), arguments, (out, stats))
     return out, stats
 
 
@@ -44,7 +44,7 @@ def semantic_modulate_backward(library: Library, grad_out: Tensor, *arguments: A
     ]
     given = stats if stats_given else None
     library.run(
-        library.kernels().semantic_modulate_backward,
+        "semantic_modulate_backward",
         x,
         _settings(library, x),
         (*tensors, given, given, noise, noise_seed, noise_strength, *settings),

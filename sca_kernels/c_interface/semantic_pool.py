@@ -16,7 +16,7 @@ def semantic_pool(library: Library, *arguments: Any) -> tuple[Tensor, ...]:
     """Returns pooled, lse, row_mass, col_mass, mean, second_moment."""
     queries, x = arguments[:2]
     results = empty_pool_outputs(queries, x)
-    library.run(library.kernels().semantic_pool, x, _settings(library, x), arguments, results)
+    library.run("semantic_pool", x, _settings(library, x), arguments, results)
     return results
 
 
@@ -30,7 +30,7 @@ def semantic_pool_backward(library: Library, *arguments: Any) -> tuple[Tensor | 
     grad_row_bias = queries.new_empty(row_mass.shape) if wants_row_bias else None
     grad_col_bias = queries.new_empty(col_mass.shape) if wants_col_bias else None
     library.run(
-        library.kernels().semantic_pool_backward,
+        "semantic_pool_backward",
         x,
         _settings(library, x),
         (queries, x, *rest),

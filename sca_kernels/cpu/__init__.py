@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -85,19 +84,14 @@ def set_capability(name: str) -> None:
     _capability = CAPABILITIES.index(name)
 
 
-def kernels() -> Any:
-    """The compiled module."""
-    return native
-
-
 def settings(tensor: Tensor) -> tuple[int, int, int]:
     """The instruction set, PyTorch's number of threads, and how many multiply-adds each of them is worth."""
     return _capability, torch.get_num_threads(), _WORK_PER_THREAD
 
 
-def run(function: Callable[..., None], tensor: Tensor, *arguments: Any) -> None:
+def run(kernel: str, tensor: Tensor, *arguments: Any) -> None:
     """Runs a kernel."""
-    function(*arguments)
+    getattr(native, kernel)(*arguments)
 
 
 def prepare_result(tensor: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,9 +38,9 @@ def prepare_result(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def run(function: Callable[..., None], tensor: Tensor, *arguments: Any) -> None:
+def run(kernel: str, tensor: Tensor, *arguments: Any) -> None:
     """Enqueues a kernel on the current stream of a tensor's device."""
-    device = tensor.device
+    function, device = getattr(kernels(), kernel), tensor.device
     if device.index == torch.cuda.current_device():
         function(*arguments, torch.cuda.current_stream(device).cuda_stream)
         return

@@ -23,13 +23,17 @@ _CPU = torch.device("cpu")
 _TOKENS = (LabelMap, LatentLayout, LatentSelection)
 
 
+# A call as the user makes it: tensors in the operator's order, before any preparation, and what else checks look at.
+Given = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
 class KnownCall(NamedTuple):
     """What is known of a call from its signature.
 
     Attributes:
-        settings: the arguments of the operator behind its tensors.
-        inputs: the positions of tensors that require gradients.
-        device, dtype: of the features.
+        settings: the arguments of the operator between its tensors and the backend.
+        inputs: the positions of tensors that require gradients, if those are recorded.
+        device, dtype: by which the backend is chosen.
     """
 
     settings: tuple[Any, ...]
@@ -38,47 +42,50 @@ class KnownCall(NamedTuple):
     dtype: torch.dtype
 
 
-class Given(NamedTuple):
-    """A call of an operator as the user makes it.
+class KnownCalls:
+    """The calls of an operator that were checked and served by the compiled kernels for CPUs.
 
-    Attributes:
-        features: the tensor by which the backend is chosen.
-        tensors: all of them in the operator's order, before any preparation.
-        others: whatever else the checks look at.
+    Args:
+        operator: its name.
+        features: the position of the tensor by which the backend is chosen.
     """
 
-    features: Any
-    tensors: tuple[Any, ...]
-    others: tuple[Any, ...]
-
-
-class KnownCalls:
-    """The calls of an operator that were checked and served by the compiled kernels for CPUs."""
-
-    def __init__(self, operator: str) -> None:
+    def __init__(self, operator: str, features: int) -> None:
         self._operator = operator
-        self._calls = None if cpu.native is None else cpu.native.KnownCalls(PLAIN_CLASSES, _MOST_CALLS)
+        self._features = features
+        self._calls = _two_tables()
 
-    def find(self, given: Given) -> KnownCall | None:
+    def find(self, tensors: tuple[Any, ...], others: tuple[Any, ...]) -> KnownCall | None:
         """What is known of a call, if the compiled kernels for CPUs still serve it."""
         if self._calls is None:
             return None
-        known: KnownCall | None = self._calls.find(given.tensors, given.others)
+        known: KnownCall | None = self._calls[torch.is_grad_enabled()].find(tensors, others)
         if known is None or backends.resolve(self._operator, known.device, known.dtype) != "cpu":
             return None
         return known
 
-    def add(self, given: Given, tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...]) -> None:
+    def add(self, given: Given, prepared: tuple[Tensor | None, ...], settings: tuple[Any, ...]) -> None:
         """Remembers a call that was checked, with the tensors and settings that the checks made of it.
 
         The next one skips the checks and goes to the compiled kernels with what is given. They can broadcast by
         themselves, and that is all that may have been done to the tensors.
         """
-        if self._calls is None or settings[-1] != "cpu" or not all(map(_shares_memory, given.tensors, tensors)):
+        tensors, others = given
+        *settings_between, backend = settings
+        if (
+            self._calls is None
+            or backend != "cpu"
+            or not all(map(_shares_memory, tensors, prepared))
+            or not all(isinstance(setting, int | float | str) for setting in settings)
+        ):
             return
-        inputs = (index for index, tensor in enumerate(given.tensors) if tensor is not None and tensor.requires_grad)
-        known = KnownCall(settings, tuple(inputs), given.features.device, given.features.dtype)
-        self._calls.add(given.tensors, given.others, known)
+        gradients = torch.is_grad_enabled()
+        inputs = (
+            index for index, tensor in enumerate(tensors) if gradients and tensor is not None and tensor.requires_grad
+        )
+        features = tensors[self._features]
+        known = KnownCall(tuple(settings_between), tuple(inputs), features.device, features.dtype)
+        self._calls[gradients].add(tensors, others, known)
 
 
 def can_be_known(tensor: Any, *tokens: Any) -> bool:
@@ -99,6 +106,14 @@ def look_at(tokens: LabelMap | LatentLayout | LatentSelection) -> tuple[Grouping
         return grouping(tokens, _CPU), (LatentLayout, tokens.count)
     # As it is: one on another device stays unknown.
     return (tokens.cu_latents, None, tokens.max_per_label), (LatentSelection, tokens.num_labels, tokens.index)
+
+
+def _two_tables() -> tuple[Any, Any] | None:
+    """What is known of calls while no gradients are recorded, and while they are: checks look at that too."""
+    if cpu.native is None:
+        return None
+    without, with_gradients = (cpu.native.KnownCalls(PLAIN_CLASSES, _MOST_CALLS) for _ in range(2))
+    return without, with_gradients
 
 
 def _shares_memory(given: Any, prepared: Tensor | None) -> bool:

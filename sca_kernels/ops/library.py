@@ -46,12 +46,12 @@ class Operator:
     Attributes:
         run: takes tensors and settings that were checked and prepared, and what the user gave if a call like that may
             skip its checks from now on; returns the results.
-        run_known: takes what the user gave; returns the results, or None if it has to be checked. Results that are only
-            there for the backward pass are None where there will be none.
+        run_known: takes what the user gave, in two parts; returns the results, or None if it has to be checked. Results
+            that are only there for the backward pass are missing, or None.
     """
 
     run: Callable[[tuple[Tensor | None, ...], tuple[Any, ...], Given | None], Results]
-    run_known: Callable[[Given], tuple[Any, ...] | None]
+    run_known: Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...] | None]
 
 
 def register(
@@ -59,6 +59,7 @@ def register(
     schema: str,
     backward_schema: str,
     *,
+    features: str,
     differentiable: Sequence[str],
     save: Callable[[tuple[Any, ...], Results], Saved],
     fake: Callable[..., Results],
@@ -78,6 +79,7 @@ def register(
         name: of the operator; that of the backward operator ends in "_backward".
         schema: arguments and results of the operator.
         backward_schema: of the backward operator, whose last two arguments are ``str backend, bool[...] output_mask``.
+        features: the argument by whose device and type the backend is chosen.
         differentiable: the arguments that take gradients.
         save: gets the operator's arguments and results, returns the tensors and the other values that are passed on to
             the backward operator.
@@ -96,7 +98,7 @@ def register(
     given_tensors = itemgetter(*positions, *(arguments_by_name.index(argument) for argument in constants))
     gradients_in = len(operator._schema.returns) if differentiable_results is None else differentiable_results
     without_backward = {"for_backward": False} if gradients_in < len(operator._schema.returns) else {}
-    known_calls = KnownCalls(name)
+    known_calls = KnownCalls(name, arguments_by_name.index(features))
 
     # Autograd looks at each argument of a function, so it gets the few that may take gradients, the inputs, one by one
     # and all the rest as one. It looks at results too: what only the backward pass needs is left out if nobody else is
@@ -147,15 +149,15 @@ def register(
             known_calls.add(given, tensors, settings)
         return results
 
-    def run_known(given: Given) -> tuple[Any, ...] | None:
-        known = known_calls.find(given)
+    def run_known(tensors: tuple[Any, ...], others: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        known = known_calls.find(tensors, others)
         if known is None:
             return None
-        arguments = given.tensors + known.settings
-        if known.inputs and torch.is_grad_enabled():
-            inputs = [given.tensors[position] for position in known.inputs]
-            return apply_to_plain_tensors(_Call(dispatch, arguments, known.inputs, False), *inputs)
-        return backends.implementation(name, arguments[-1])(*arguments[:-1], **without_backward)
+        settings, where, _, _ = known
+        if where:
+            call = _Call(dispatch, (*tensors, *settings, "cpu"), where, False)
+            return apply_to_plain_tensors(call, *[tensors[position] for position in where])
+        return backends.implementation(name, "cpu")(*tensors, *settings, **without_backward)
 
     def autograd(*arguments: Any) -> Results:
         where = [position for position in positions if arguments[position] is not None]

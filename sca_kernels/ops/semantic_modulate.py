@@ -124,7 +124,7 @@ def semantic_modulate(
         >>> [round(value, 2) for value in out.flatten().tolist()]
         [8.66, 9.55, 20.45, 21.34]
     """
-    given = None
+    given: Given | None = None
     if can_be_known(x, layout, labels) and isinstance(stats, tuple | None):
         (cu_latents, _, max_latents), of_latents = look_at(layout)
         (offsets, order, _), of_pixels = look_at(labels)
@@ -133,8 +133,8 @@ def semantic_modulate(
             key_bias, row_bias, col_bias, scale_bias, shift_bias, empty_scale, empty_shift,
             *((None, None) if stats is None else stats), noise, noise_seed, noise_strength,
         )  # fmt: skip
-        given = Given(x, tensors, (max_latents, eps, negative_slope, add_one, empty, *of_latents, *of_pixels))
-        results = _operator.run_known(given)
+        given = (tensors, (max_latents, eps, negative_slope, add_one, empty, *of_latents, *of_pixels))
+        results = _operator.run_known(*given)
         if results is not None:
             return results[0]
     _check(x, keys, scale, shift, layout, labels, key_bias, row_bias, col_bias, empty)
@@ -257,6 +257,7 @@ _operator = register(
     f"(Tensor grad_out, {_INPUTS_SCHEMA}, Tensor stats, {_NOISE_SCHEMA}, bool stats_given,"
     f" {_SETTINGS_SCHEMA}, bool[14] output_mask)"
     f" -> ({', '.join(f'Tensor grad_{name}' for name in _DIFFERENTIABLE)})",
+    features="x",
     differentiable=_DIFFERENTIABLE,
     constants=("noise", "noise_seed"),
     differentiable_results=1,

@@ -102,13 +102,13 @@ def semantic_pool(
         >>> semantic_pool(torch.zeros(1, 1, 2, 1), x, LatentLayout((1, 1)), labels).pooled.flatten().tolist()
         [2.0, 4.0]
     """
-    given = None
+    given: Given | None = None
     if can_be_known(x, layout, labels):
         (cu_latents, _, max_latents), of_latents = look_at(layout)
         (offsets, order, _), of_pixels = look_at(labels)
         tensors = (queries, x, cu_latents, offsets, order, row_bias, col_bias)
-        given = Given(x, tensors, (max_latents, empty, *of_latents, *of_pixels))
-        results = _operator.run_known(given)
+        given = (tensors, (max_latents, empty, *of_latents, *of_pixels))
+        results = _operator.run_known(*given)
         if results is not None:
             return Pooled(*results)
     _check(queries, x, layout, labels, row_bias, col_bias, empty)
@@ -310,6 +310,7 @@ _operator = register(
     f" Tensor? grad_second_moment, Tensor queries, Tensor x, {_RESULTS_SCHEMA}, {_GROUPING_SCHEMA},"
     f" {_SETTINGS_SCHEMA}, bool[4] output_mask)"
     " -> (Tensor grad_queries, Tensor grad_x, Tensor grad_row_bias, Tensor grad_col_bias)",
+    features="x",
     differentiable=("queries", "x", "row_bias", "col_bias"),
     save=_save,
     fake=_fake,
