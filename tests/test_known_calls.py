@@ -410,13 +410,17 @@ def test_autocast_still_casts():
 
 
 @operators
-def test_nothing_is_kept_alive(operator):
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_nothing_is_kept_alive(operator, with_gradients):
     given = arguments(operator)
+    for name, value in given.items():
+        if with_gradients and isinstance(value, Tensor) and name != "noise":
+            value.requires_grad_()
     for _ in range(2):
         results = call(operator, given)
     seen = [weakref.ref(value) for value in (*given.values(), *results) if isinstance(value, Tensor | LabelMap)]
     assert sum(map(len, calls_of(operator)._calls or ())) == 1
-    del given, results
+    del given, results, value
     gc.collect()
     assert [reference() for reference in seen] == [None] * len(seen)
 

@@ -14,7 +14,6 @@ def label_plan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :class:`sca_kernels.labels.LabelPlan`."""
     batch, height, width = labels.shape
-    labels = labels.contiguous()
     order_shape, offsets_shape, counts_shape, segments_shape = plan_shapes(labels, num_labels, tile_height, tile_width)
     order = torch.empty(order_shape, dtype=torch.int32)
     offsets = torch.empty(offsets_shape, dtype=torch.int64)

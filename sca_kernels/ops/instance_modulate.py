@@ -85,7 +85,7 @@ def instance_modulate(
         [-1.0, 4.0, -1.0, 4.0]
     """
     given: Given | None = None
-    if can_be_known(x) and isinstance(stats, tuple | None):
+    if can_be_known(x) and (stats is None or isinstance(stats, tuple)):
         of_stats = (None, None) if stats is None else stats
         as_given = (x, gamma, beta, *of_stats, noise, noise_seed, noise_strength)
         given = (as_given, (add_one, unbiased, eps, negative_slope))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,20 +23,9 @@ Saved = tuple[tuple[Tensor | None, ...], tuple[Any, ...]]
 Gradients = tuple[Tensor | None, ...]
 
 
-class _Call(NamedTuple):
-    """A call that autograd has to know of.
-
-    Attributes:
-        run: computes it.
-        arguments: of the operator.
-        where: the positions of those that may take gradients.
-        returns_all: whether the results that only the backward pass needs are returned as well.
-    """
-
-    run: Callable[..., Results]
-    arguments: tuple[Any, ...]
-    where: Sequence[int]
-    returns_all: bool
+# A call that autograd has to know of: what computes it, the arguments of the operator, the positions of those that may
+# take gradients, and whether the results that only the backward pass needs are returned as well.
+_Call = tuple[Callable[..., Results], tuple[Any, ...], Sequence[int], bool]
 
 
 @dataclass(frozen=True)
@@ -104,14 +93,14 @@ def register(
     # and all the rest as one. It looks at results too: what only the backward pass needs is left out if nobody else is
     # going to see it.
     def forward(ctx: Any, call: _Call, *inputs: Tensor) -> Results:
-        results = call.run(*call.arguments)
-        tensors, ctx.settings = save(call.arguments, results)
-        ctx.where = call.where
+        run, arguments, ctx.where, returns_all = call
+        results = run(*arguments)
+        tensors, ctx.settings = save(arguments, results)
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         if gradients_in == len(results):
             return results
-        if not call.returns_all:
+        if not returns_all:
             return results[:gradients_in]
         ctx.mark_non_differentiable(*results[gradients_in:])
         return results
@@ -155,7 +144,7 @@ def register(
             return None
         settings, where, _, _ = known
         if where:
-            call = _Call(dispatch, (*tensors, *settings, "cpu"), where, False)
+            call = (dispatch, (*tensors, *settings, "cpu"), where, False)
             return apply_to_plain_tensors(call, *[tensors[position] for position in where])
         return backends.implementation(name, "cpu")(*tensors, *settings, **without_backward)
 
@@ -166,7 +155,7 @@ def register(
         if forward_ad._current_level >= 0 or (
             torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         ):
-            return function.apply(_Call(below_autograd, arguments, where, True), *inputs)
+            return function.apply((below_autograd, arguments, where, True), *inputs)
         return below_autograd(*arguments)
 
     def below_autograd(*arguments: Any) -> Results:

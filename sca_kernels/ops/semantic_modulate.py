@@ -125,7 +125,7 @@ def semantic_modulate(
         [8.66, 9.55, 20.45, 21.34]
     """
     given: Given | None = None
-    if can_be_known(x, layout, labels) and isinstance(stats, tuple | None):
+    if can_be_known(x, layout, labels) and (stats is None or isinstance(stats, tuple)):
         (cu_latents, _, max_latents), of_latents = look_at(layout)
         (offsets, order, _), of_pixels = look_at(labels)
         tensors = (
