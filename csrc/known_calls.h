@@ -79,6 +79,11 @@ class KnownCalls {
     return true;
   }
 
+  static void push(Signature& signature, Kind kind, int64_t value) {
+    signature.push_back(kind);
+    signature.push_back(value);
+  }
+
   bool sign(PyObject* value, Signature& signature) const {
     if (value == Py_None) {
       signature.push_back(kNone);
@@ -87,20 +92,20 @@ class KnownCalls {
     } else if (PyLong_Check(value)) {
       const int64_t number = PyLong_AsLongLong(value);
       if (number == -1 && PyErr_Occurred()) return PyErr_Clear(), false;
-      signature.insert(signature.end(), {kInteger, number});
+      push(signature, kInteger, number);
     } else if (PyFloat_CheckExact(value)) {
       const double number = PyFloat_AS_DOUBLE(value);
       int64_t bits;
       std::memcpy(&bits, &number, sizeof bits);
-      signature.insert(signature.end(), {kFloat, bits});
+      push(signature, kFloat, bits);
     } else if (PyUnicode_CheckExact(value)) {
       Py_ssize_t length;
       const char* text = PyUnicode_AsUTF8AndSize(value, &length);
       if (!text) return PyErr_Clear(), false;
-      signature.insert(signature.end(), {kString, static_cast<int64_t>(length)});
+      push(signature, kString, length);
       for (Py_ssize_t i = 0; i < length; ++i) signature.push_back(text[i]);
     } else if (PyType_Check(value)) {
-      signature.insert(signature.end(), {kClass, reinterpret_cast<int64_t>(value)});
+      push(signature, kClass, reinterpret_cast<int64_t>(value));
     } else {
       return false;
     }
@@ -117,8 +122,10 @@ class KnownCalls {
     const bool is_floating = tensor.scalar.code == dlpack::kFloat || tensor.scalar.code == dlpack::kBfloat;
     const int64_t differentiable = is_floating && requires_grad(value);  // integers never are
     signature.push_back(kTensor | differentiable << 8 | int64_t{tensor.dimensions} << 16 | type << 24 | device << 40);
-    signature.insert(signature.end(), tensor.shape, tensor.shape + tensor.dimensions);
-    signature.insert(signature.end(), tensor.strides, tensor.strides + tensor.dimensions);
+    for (int32_t i = 0; i < tensor.dimensions; ++i) {
+      signature.push_back(tensor.shape[i]);
+      signature.push_back(tensor.strides[i]);
+    }
     return true;
   }
 
