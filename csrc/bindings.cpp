@@ -2,6 +2,7 @@
 #include <sys/mman.h>
 
 #include "calls.h"
+#include "known_calls.h"
 
 namespace {
 
@@ -19,6 +20,20 @@ struct Library {
     py::gil_scoped_release release;
     kernel(capability);
   }
+  // A small call would spend more time on asking PyTorch for memory than on parts of the kernel.
+  template <typename Use>
+  static void with_memory(int64_t bytes, const py::tuple& values, const Use& use) {
+    if (uses_stack && bytes <= kMostOnStack) {
+      alignas(64) char memory[kMostOnStack];
+      use(memory);
+    } else {
+      const py::object memory = allocate(bytes, values);
+      use(static_cast<char*>(describe(memory.ptr()).data));
+    }
+  }
+
+  static constexpr int64_t kMostOnStack = 64 << 10;
+  static inline bool uses_stack = true;
 };
 
 using SemanticPool = Operator<Library, sca_semantic_pool, sca_semantic_pool_gradients, sca_semantic_pool_workspace,
@@ -33,15 +48,18 @@ using SemanticCrossAttention = Operator<Library, sca_semantic_cross_attention, s
                                         sca_semantic_cross_attention_workspace, sca_semantic_cross_attention_workspace,
                                         sca_semantic_cross_attention_forward, sca_semantic_cross_attention_backward>;
 
-// capability, threads, then the members of the structure in its order
+// The settings of the library, then the members of the structure in its order.
 void label_plan(const py::tuple& values) {
   Arguments arguments(values);
   int32_t capability;
+  int64_t threads, work_per_thread;
   sca_label_plan call;
-  arguments.read_all(capability, call.threads, call.batch, call.height, call.width, call.labels, call.tile_height,
-                     call.tile_width, call.label_map, call.order, call.offsets, call.tile_counts, call.tile_segments,
-                     call.workspace);
+  arguments.read_all(capability, threads, work_per_thread, call.batch, call.height, call.width, call.labels,
+                     call.tile_height, call.tile_width, call.label_map, call.order, call.offsets, call.tile_counts,
+                     call.tile_segments, call.workspace);
   arguments.finish();
+  constexpr int64_t kWorkPerPixel = 16;
+  call.threads = threads_for(call.batch * call.height * call.width * kWorkPerPixel, threads, work_per_thread);
   if (!sca_has_cpu_capability(capability)) throw py::value_error("no kernels for this instruction set");
   py::gil_scoped_release release;
   sca_label_plan_make(&call, capability);
@@ -66,8 +84,15 @@ PYBIND11_MODULE(_native, module) {
   module.def("has_cpu_capability", [](int32_t capability) { return sca_has_cpu_capability(capability) != 0; });
   module.def("advise_huge_pages", &advise_huge_pages);
   module.def("label_plan", &label_plan);
-  SemanticPool::bind<>(module, "SemanticPool");
-  SemanticModulate::bind<double, double>(module, "SemanticModulate");
-  InstanceModulate::bind<double, double>(module, "InstanceModulate");
-  SemanticCrossAttention::bind<double>(module, "SemanticCrossAttention");
+  // Tests want all memory from PyTorch, which can fill it with what nobody should read.
+  module.def("use_stack", [](bool uses_stack) { Library::uses_stack = uses_stack; });
+  py::class_<KnownCalls>(module, "KnownCalls")
+      .def(py::init<py::tuple, size_t>(), py::arg("tensor_classes"), py::arg("most"))
+      .def("find", &KnownCalls::find)
+      .def("add", &KnownCalls::add)
+      .def("__len__", &KnownCalls::size);
+  SemanticPool::bind(module, "semantic_pool");
+  SemanticModulate::bind(module, "semantic_modulate");
+  InstanceModulate::bind(module, "instance_modulate");
+  SemanticCrossAttention::bind(module, "semantic_cross_attention");
 }

@@ -1,11 +1,16 @@
-// Calls of kernels as Python makes them: unpacks integers and tensors into the structures of the C interface and
-// releases the GIL around kernels. Each library has a module of its own, whose classes are made from the template at
-// the end.
+// Calls of kernels as Python makes them: unpacks numbers and tensors into the structures of the C interface, finds
+// memory for the workspace and releases the GIL around kernels. Each library has a module of its own, whose functions
+// are made from the template at the end.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "dlpack.h"
 #include "sca_kernels.h"
@@ -43,8 +48,33 @@ inline dlpack::Tensor describe(PyObject* object) {
   return tensor;
 }
 
-// Reads a flat tuple of integers and tensors in order; None stands for a tensor that is not there. A call takes some
-// forty of them, and the usual conversion of nested tuples would cost more than a small kernel.
+// Whether the elements of a tensor lie one after another.
+inline bool is_contiguous(const dlpack::Tensor& tensor) {
+  int64_t expected = 1;
+  for (int32_t i = tensor.dimensions - 1; i >= 0; --i) {
+    if (tensor.shape[i] == 0) return true;
+    if (tensor.shape[i] != 1 && tensor.strides[i] != expected) return false;
+    expected *= tensor.shape[i];
+  }
+  return true;
+}
+
+inline int64_t elements(const dlpack::Tensor& tensor) {
+  int64_t count = 1;
+  for (int32_t i = 0; i < tensor.dimensions; ++i) count *= tensor.shape[i];
+  return count;
+}
+
+// The number of a tensor's type in the C interface.
+inline int32_t scalar_type(const dlpack::Tensor& tensor) {
+  if (tensor.scalar.code == dlpack::kBfloat) return SCA_BFLOAT16;
+  if (tensor.scalar.code != dlpack::kFloat) throw py::type_error("expected floating-point numbers");
+  return tensor.scalar.bits == 64 ? SCA_FLOAT64 : tensor.scalar.bits == 32 ? SCA_FLOAT32 : SCA_FLOAT16;
+}
+
+// Reads numbers, strings and tensors from a flat tuple in order; None stands for a tensor that is not there. A call has
+// some thirty of them, and the usual conversion would cost more than a small kernel. What a kernel wants contiguous or
+// broadcast and gets otherwise is copied; the copies live as long as this does.
 class Arguments {
  public:
   explicit Arguments(const py::tuple& values) : values_(values) {}
@@ -58,42 +88,86 @@ class Arguments {
     read(wide);
     value = static_cast<int32_t>(wide);
   }
+  void read(double& value) {
+    value = PyFloat_AsDouble(next());
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
   template <typename T>
-  void read(T*& pointer) {  // a contiguous tensor
-    pointer = static_cast<T*>(tensor().data);
+  void read(T*& pointer) {  // a result, which is contiguous
+    pointer = static_cast<T*>(describe(next()).data);
   }
-  void read(sca_tensor& tensor) {
-    read_strided(tensor.data, tensor.batch_stride, tensor.head_stride, tensor.token_stride, tensor.channel_stride);
+  template <typename T>
+  dlpack::Tensor read(const T*& pointer) {
+    PyObject* object = next();
+    dlpack::Tensor found = describe(object);
+    if (found.data && !is_contiguous(found)) found = keep(py::handle(object).attr("contiguous")());
+    pointer = static_cast<const T*>(found.data);
+    return found;
   }
-  void read(sca_feature_map& map) {
-    read_strided(map.data, map.batch_stride, map.channel_stride, map.row_stride, map.column_stride);
+  dlpack::Tensor read(sca_tensor& tensor) {
+    return read_strided(next(), tensor.data, tensor.batch_stride, tensor.head_stride, tensor.token_stride,
+                        tensor.channel_stride);
   }
-  // How many tokens; their offsets, for each image or for all; their order, None for latents; the most of a label.
-  void read(sca_tokens& tokens) {
-    read(tokens.count);
-    const dlpack::Tensor offsets = tensor();
+  dlpack::Tensor read(sca_feature_map& map) {
+    return read_strided(next(), map.data, map.batch_stride, map.channel_stride, map.row_stride, map.column_stride);
+  }
+  // What goes with x: a map, or what broadcasts to one, or a table; and whether it is of another type than x.
+  void read_parameter(sca_feature_map& map, const void*& table, const dlpack::Tensor& x, int32_t& is_wide) {
+    PyObject* object = next();
+    const dlpack::Tensor found = describe(object);
+    is_wide = object != Py_None && found.scalar.bits != x.scalar.bits;
+    if (found.dimensions == 4) {
+      read_broadcast(object, map.data, map.batch_stride, map.channel_stride, map.row_stride, map.column_stride);
+    } else {
+      read_table(object, table, x.shape[0], x.shape[1]);
+    }
+  }
+  // Numbers for (rows, columns), or what broadcasts to that.
+  template <typename T>
+  void read_table(const T*& pointer, int64_t rows, int64_t columns) {
+    read_table(next(), pointer, rows, columns);
+  }
+  // Where the tokens of each label begin, for each image or for all.
+  void read_offsets(sca_tokens& tokens, int64_t count) {
+    PyObject* object = next();
+    const dlpack::Tensor offsets = describe(object);
     if (offsets.dimensions < 1) throw py::type_error("expected offsets of tokens");
     const int64_t places = offsets.shape[offsets.dimensions - 1];
-    const bool same_for_all = offsets.dimensions == 1 || offsets.shape[0] == 1;
+    tokens.count = count;
     tokens.labels = places - 1;
-    tokens.offsets = static_cast<const int64_t*>(offsets.data);
-    tokens.offsets_stride = same_for_all ? 0 : places;
-    read_all(tokens.order, tokens.max_per_label);
-    tokens.order_stride = same_for_all || !tokens.order ? 0 : tokens.count;
+    tokens.offsets = static_cast<const int64_t*>(
+        is_contiguous(offsets) ? offsets.data : keep(py::handle(object).attr("contiguous")()).data);
+    tokens.offsets_stride = offsets.dimensions == 1 || offsets.shape[0] == 1 ? 0 : places;
   }
-  void read(sca_noise& noise) {
+  // The order of the tokens whose offsets were read; None for latents.
+  void read_order(sca_tokens& tokens) {
+    read(tokens.order);
+    tokens.order_stride = tokens.order && tokens.offsets_stride ? tokens.count : 0;
+  }
+  // Values that broadcast to (batch, 1, height, width), a seed, and a table of strengths.
+  void read_noise(sca_noise& noise, int64_t batch, int64_t channels) {
     int64_t channel_stride;
-    read_strided(noise.values, noise.batch_stride, channel_stride, noise.row_stride, noise.column_stride);
-    read_all(noise.seed, noise.strength);
+    read_broadcast(next(), noise.values, noise.batch_stride, channel_stride, noise.row_stride, noise.column_stride);
+    read(noise.seed);
+    read_table(noise.strength, batch, channels);
   }
   // The halves of a contiguous tensor.
   template <typename T>
   void read_halves(T*& first, T*& second) {
-    const dlpack::Tensor both = tensor();
-    int64_t bytes = both.scalar.bits / 8;
-    for (int32_t i = 0; i < both.dimensions; ++i) bytes *= both.shape[i];
+    const dlpack::Tensor both = describe(next());
     first = static_cast<T*>(both.data);
-    second = reinterpret_cast<T*>(static_cast<char*>(both.data) + bytes / 2);
+    second = reinterpret_cast<T*>(static_cast<char*>(both.data) + elements(both) / 2 * (both.scalar.bits / 8));
+  }
+  // Whether mean and rstd are given. They are read elsewhere.
+  void read_whether_statistics_are_given(int32_t& given) {
+    given = next() != Py_None;
+    next();
+  }
+  // The rule for tokens without others of their label: "uniform" or "zero".
+  void read_rule(int32_t& is_uniform) {
+    PyObject* rule = next();
+    if (!PyUnicode_Check(rule)) throw py::type_error("expected a string");
+    is_uniform = PyUnicode_CompareWithASCIIString(rule, "uniform") == 0;
   }
   template <typename... Values>
   void read_all(Values&... values) {
@@ -109,38 +183,117 @@ class Arguments {
     return PyTuple_GET_ITEM(values_.ptr(), index_++);
   }
 
-  dlpack::Tensor tensor() { return describe(next()); }
+  template <typename T>
+  void read_table(PyObject* object, const T*& pointer, int64_t rows, int64_t columns) {
+    dlpack::Tensor found = describe(object);
+    // What has as many elements as the table has them in its order.
+    if (found.data && !(is_contiguous(found) && elements(found) == rows * columns)) {
+      found = keep(py::handle(object).attr("expand")(rows, columns).attr("contiguous")());
+    }
+    pointer = static_cast<const T*>(found.data);
+  }
 
   // A tensor of four dimensions with any strides.
   template <typename T, typename... Strides>
-  void read_strided(T*& pointer, Strides&... strides) {
-    const dlpack::Tensor found = tensor();
+  dlpack::Tensor read_strided(PyObject* object, T*& pointer, Strides&... strides) {
+    const dlpack::Tensor found = describe(object);
     constexpr int kDimensions = sizeof...(Strides);
-    if (found.data && found.dimensions != kDimensions) throw py::type_error("expected a tensor of four dimensions");
+    if (object != Py_None && found.dimensions != kDimensions) {
+      throw py::type_error("expected a tensor of four dimensions");
+    }
     pointer = static_cast<T*>(found.data);
     int dimension = 0;
     ((strides = found.data ? found.strides[dimension++] : 0), ...);
+    return found;
+  }
+
+  // A tensor of up to four dimensions; along those that it lacks or has a single place in, nothing moves.
+  template <typename T, typename... Strides>
+  void read_broadcast(PyObject* object, T*& pointer, Strides&... strides) {
+    const dlpack::Tensor found = describe(object);
+    constexpr int kDimensions = sizeof...(Strides);
+    if (found.dimensions > kDimensions) throw py::type_error("expected at most four dimensions");
+    pointer = static_cast<T*>(found.data);
+    int dimension = found.dimensions - kDimensions;
+    ((strides = dimension >= 0 && found.shape[dimension] != 1 ? found.strides[dimension] : 0, ++dimension), ...);
+  }
+
+  dlpack::Tensor keep(py::object copy) {
+    copies_.push_back(std::move(copy));
+    return describe(copies_.back().ptr());
   }
 
   const py::tuple& values_;
   Py_ssize_t index_ = 0;
+  std::vector<py::object> copies_;
 };
 
-inline void read(Arguments& arguments, sca_semantic_cross_attention& call) {
-  arguments.read_all(call.scalar_type, call.batch, call.heads, call.key_width, call.value_width, call.empty_uniform,
-                     call.empty_value, call.lse, call.query_tokens, call.key_tokens, call.query, call.key, call.value,
-                     call.out);
+// Threads for a call of so many multiply-adds: one if there is little to do.
+inline int32_t threads_for(int64_t work, int64_t threads, int64_t work_per_thread) {
+  return static_cast<int32_t>(work >= threads * work_per_thread ? threads : 1);
+}
+
+// How the pixels of a label are sorted: the settings of some operators end with that.
+template <typename Call>
+inline void read_tiles(Arguments& settings, Call& call) {
+  settings.read_all(call.tile_height, call.tile_width);
+}
+inline void read_tiles(Arguments&, sca_semantic_cross_attention&) {}
+inline void read_tiles(Arguments&, sca_instance_modulate&) {}
+
+// The following read the arguments of an operator as its schema has them, without the backend, and its results; sizes
+// are those of the tensors. They return how many multiply-adds the call takes.
+
+inline int64_t read(Arguments& arguments, Arguments& results, sca_semantic_cross_attention& call) {
+  const dlpack::Tensor query = arguments.read(call.query), key = arguments.read(call.key);
+  const dlpack::Tensor value = arguments.read(call.value);
+  if (!query.shape || !key.shape || !value.shape) throw py::type_error("expected query, key and value");
+  call.scalar_type = scalar_type(query);
+  call.batch = query.shape[0];
+  call.heads = query.shape[1];
+  call.key_width = query.shape[3];
+  call.value_width = value.shape[3];
+  arguments.read(call.empty_value);
+  arguments.read_offsets(call.query_tokens, query.shape[2]);
+  arguments.read_order(call.query_tokens);
+  arguments.read_offsets(call.key_tokens, key.shape[2]);
+  arguments.read_order(call.key_tokens);
+  arguments.read_all(call.query_tokens.max_per_label, call.key_tokens.max_per_label, call.scale);
+  arguments.read_rule(call.empty_uniform);
+  results.read_all(call.out, call.lse);
+  return call.batch * call.heads * std::max(query.shape[2], key.shape[2]) * (call.key_width + call.value_width);
 }
 inline void read(Arguments& arguments, sca_semantic_cross_attention_gradients& gradients) {
   arguments.read_all(gradients.grad_lse, gradients.grad_empty_value, gradients.grad_out, gradients.grad_query,
                      gradients.grad_key, gradients.grad_value);
 }
 
-inline void read(Arguments& arguments, sca_semantic_pool& call) {
-  arguments.read_all(call.scalar_type, call.empty_uniform, call.batch, call.heads, call.channels, call.height,
-                     call.width, call.tile_height, call.tile_width, call.latents, call.pixels, call.x, call.queries,
-                     call.row_bias, call.col_bias, call.pooled, call.lse, call.row_mass, call.col_mass, call.mean,
-                     call.second_moment);
+// The sizes of a feature map and its type.
+template <typename Call>
+inline dlpack::Tensor read_x(Arguments& arguments, Call& call) {
+  const dlpack::Tensor x = arguments.read(call.x);
+  if (!x.shape) throw py::type_error("expected a tensor");
+  call.scalar_type = scalar_type(x);
+  call.batch = x.shape[0];
+  call.channels = x.shape[1];
+  call.height = x.shape[2];
+  call.width = x.shape[3];
+  return x;
+}
+
+inline int64_t read(Arguments& arguments, Arguments& results, sca_semantic_pool& call) {
+  const dlpack::Tensor queries = arguments.read(call.queries);
+  if (queries.dimensions != 4) throw py::type_error("expected a tensor of four dimensions");
+  read_x(arguments, call);
+  const int64_t pixels = call.height * call.width;
+  call.heads = queries.shape[1];
+  arguments.read_offsets(call.latents, queries.shape[2]);
+  arguments.read_offsets(call.pixels, pixels);
+  arguments.read_order(call.pixels);
+  arguments.read_all(call.row_bias, call.col_bias, call.latents.max_per_label);
+  arguments.read_rule(call.empty_uniform);
+  results.read_all(call.pooled, call.lse, call.row_mass, call.col_mass, call.mean, call.second_moment);
+  return call.batch * pixels * call.channels * call.latents.max_per_label * call.heads;
 }
 inline void read(Arguments& arguments, sca_semantic_pool_gradients& gradients) {
   arguments.read_all(gradients.grad_pooled, gradients.grad_lse, gradients.grad_row_mass, gradients.grad_col_mass,
@@ -148,13 +301,27 @@ inline void read(Arguments& arguments, sca_semantic_pool_gradients& gradients) {
                      gradients.grad_row_bias, gradients.grad_col_bias);
 }
 
-inline void read(Arguments& arguments, sca_semantic_modulate& call) {
-  arguments.read_all(call.scalar_type, call.empty_uniform, call.add_one, call.stats_given, call.batch, call.heads,
-                     call.channels, call.height, call.width, call.tile_height, call.tile_width, call.latents,
-                     call.pixels, call.x, call.out, call.keys, call.scale, call.shift, call.key_bias, call.row_bias,
-                     call.col_bias, call.scale_bias, call.shift_bias, call.empty_scale, call.empty_shift);
-  arguments.read_halves(call.mean, call.rstd);
-  arguments.read(call.noise);
+inline int64_t read(Arguments& arguments, Arguments& results, sca_semantic_modulate& call) {
+  read_x(arguments, call);
+  const int64_t pixels = call.height * call.width;
+  const dlpack::Tensor keys = arguments.read(call.keys);
+  if (keys.dimensions != 4) throw py::type_error("expected a tensor of four dimensions");
+  call.heads = keys.shape[1];
+  arguments.read_all(call.scale, call.shift);
+  arguments.read_offsets(call.latents, keys.shape[2]);
+  arguments.read_offsets(call.pixels, pixels);
+  arguments.read_order(call.pixels);
+  arguments.read_all(call.key_bias, call.row_bias, call.col_bias);
+  for (const void** table : {&call.scale_bias, &call.shift_bias, &call.empty_scale, &call.empty_shift}) {
+    arguments.read_table(*table, call.batch, call.channels);
+  }
+  arguments.read_whether_statistics_are_given(call.stats_given);
+  arguments.read_noise(call.noise, call.batch, call.channels);
+  arguments.read_all(call.latents.max_per_label, call.eps, call.negative_slope, call.add_one);
+  arguments.read_rule(call.empty_uniform);
+  results.read(call.out);
+  results.read_halves(call.mean, call.rstd);
+  return 3 * call.batch * pixels * call.channels * std::max<int64_t>(call.latents.max_per_label * call.heads, 1);
 }
 inline void read(Arguments& arguments, sca_semantic_modulate_gradients& gradients) {
   arguments.read_all(gradients.grad_out, gradients.grad_x, gradients.grad_keys, gradients.grad_scale,
@@ -164,12 +331,16 @@ inline void read(Arguments& arguments, sca_semantic_modulate_gradients& gradient
                      gradients.grad_noise_strength);
 }
 
-inline void read(Arguments& arguments, sca_instance_modulate& call) {
-  arguments.read_all(call.scalar_type, call.add_one, call.stats_given, call.unbiased, call.gamma_wide, call.beta_wide,
-                     call.batch, call.channels, call.height, call.width, call.x, call.out, call.gamma, call.beta,
-                     call.channel_gamma, call.channel_beta);
-  arguments.read_halves(call.mean, call.rstd);
-  arguments.read(call.noise);
+inline int64_t read(Arguments& arguments, Arguments& results, sca_instance_modulate& call) {
+  const dlpack::Tensor x = read_x(arguments, call);
+  arguments.read_parameter(call.gamma, call.channel_gamma, x, call.gamma_wide);
+  arguments.read_parameter(call.beta, call.channel_beta, x, call.beta_wide);
+  arguments.read_whether_statistics_are_given(call.stats_given);
+  arguments.read_noise(call.noise, call.batch, call.channels);
+  arguments.read_all(call.add_one, call.unbiased, call.eps, call.negative_slope);
+  results.read(call.out);
+  results.read_halves(call.mean, call.rstd);
+  return elements(x) * (call.noise.seed ? 32 : 4);
 }
 inline void read(Arguments& arguments, sca_instance_modulate_gradients& gradients) {
   arguments.read_all(gradients.grad_x, gradients.grad_gamma, gradients.grad_beta, gradients.grad_channel_gamma,
@@ -177,42 +348,57 @@ inline void read(Arguments& arguments, sca_instance_modulate_gradients& gradient
                      gradients.grad_noise_strength);
 }
 
-// The numbers of a call that are no integers.
-inline void set_numbers(sca_semantic_pool&) {}
-inline void set_numbers(sca_semantic_cross_attention& call, double scale) { call.scale = scale; }
-template <typename Call>
-inline void set_numbers(Call& call, double eps, double negative_slope) {
-  call.eps = eps;
-  call.negative_slope = negative_slope;
+// Memory of so many bytes from PyTorch, where the tensors of a call are.
+inline py::object allocate(int64_t bytes, const py::tuple& values) {
+  for (const py::handle value : values) {
+    if (PyObject_TypeCheck(value.ptr(), tensor_class)) {
+      return value.attr("new_empty")(bytes, py::arg("dtype") = py::module_::import("torch").attr("uint8"));
+    }
+  }
+  throw py::type_error("expected a tensor");
 }
 
-// An operator of a library. `Library` says whether it has kernels for a capability, and passes the capability or a
-// stream on to the functions of the C interface.
+// Whether forward leaves mean and rstd for backward. Python passes no memory for them where nothing will go backward.
+template <typename Call, typename = void>
+constexpr bool kLeavesStatistics = false;
+template <typename Call>
+constexpr bool kLeavesStatistics<Call, std::void_t<decltype(Call::rstd)>> = true;
+
+// An operator of a library. `Library` says whether it has kernels for a capability, passes the capability or a stream
+// on to the functions of the C interface, and finds memory for the workspace.
 template <typename Library, typename Call, typename Gradients, auto kWorkspace, auto kBackwardWorkspace, auto kForward,
           auto kBackward>
 class Operator {
  public:
-  // Python's constructor takes a tuple of the capability, the number of threads, and what `read` above reads, in that
-  // order, and then the numbers.
-  template <typename... Numbers>
-  static void bind(py::module_& module, const char* name) {
-    py::class_<Operator>(module, name)
-        .def(py::init([](const py::tuple& values, Numbers... numbers) { return Operator(values, numbers...); }))
-        .def("workspace_size", [](const Operator& self) { return self.size(kWorkspace); })
-        .def("backward_workspace_size", [](const Operator& self) { return self.size(kBackwardWorkspace); })
-        .def("forward", &Operator::forward, py::arg("workspace"), py::arg("stream") = 0)
-        .def("backward", &Operator::backward, py::arg("workspace"), py::arg("gradients"), py::arg("stream") = 0);
+  // Python's functions take the settings of the library (capability, threads, multiply-adds that are worth a thread,
+  // and what `read_tiles` above reads), then what `read` reads. The caller's frame keeps the tensors alive.
+  static void bind(py::module_& module, const std::string& name) {
+    module.def((name + "_workspace").c_str(), &workspace_size);
+    module.def((name + "_backward_workspace").c_str(), &backward_workspace_size);
+    module.def(name.c_str(), &forward, py::arg("settings"), py::arg("arguments"), py::arg("results"),
+               py::arg("stream") = 0);
+    module.def((name + "_backward").c_str(), &backward, py::arg("settings"), py::arg("arguments"), py::arg("results"),
+               py::arg("gradients"), py::arg("stream") = 0);
   }
 
  private:
-  template <typename... Numbers>
-  Operator(const py::tuple& values, Numbers... numbers) : values_(values) {
-    Arguments arguments(values);
-    arguments.read_all(capability_, call_.threads);
-    read(arguments, call_);
-    arguments.finish();
-    set_numbers(call_, numbers...);
+  Operator(const py::tuple& settings, const py::tuple& arguments, const py::tuple& results)
+      : settings_(settings), arguments_(arguments), results_(results) {
+    int64_t threads, work_per_thread;
+    settings_.read_all(capability_, threads, work_per_thread);
     if (!Library::has(capability_)) throw py::value_error("no kernels for this instruction set");
+    read_tiles(settings_, call_);
+    const int64_t work = read(arguments_, results_, call_);
+    call_.threads = threads_for(work, threads, work_per_thread);
+    for (const Arguments* values : {&settings_, &arguments_, &results_}) values->finish();
+  }
+
+  static int64_t workspace_size(const py::tuple& settings, const py::tuple& arguments, const py::tuple& results) {
+    return Operator(settings, arguments, results).size(kWorkspace);
+  }
+  static int64_t backward_workspace_size(const py::tuple& settings, const py::tuple& arguments,
+                                         const py::tuple& results) {
+    return Operator(settings, arguments, results).size(kBackwardWorkspace);
   }
 
   template <typename Size>
@@ -220,21 +406,48 @@ class Operator {
     return Library::size(workspace_size, &call_, capability_);
   }
 
-  void forward(const py::object& workspace, Address stream) {
-    call_.workspace = describe(workspace.ptr()).data;
-    Library::run([&](auto... where) { return kForward(&call_, where...); }, capability_, stream);
+  static void forward(const py::tuple& settings, const py::tuple& arguments, const py::tuple& results, Address stream) {
+    Operator self(settings, arguments, results);
+    Call& call = self.call_;
+    const int64_t begin = (self.size(kWorkspace) + kAlignment - 1) / kAlignment * kAlignment;
+    const int64_t statistics = self.unwanted_statistics();
+    Library::with_memory(begin + 2 * statistics, arguments, [&](char* memory) {
+      call.workspace = memory;
+      if constexpr (kLeavesStatistics<Call>) {
+        if (statistics) {
+          call.mean = static_cast<decltype(call.mean)>(static_cast<void*>(memory + begin));
+          call.rstd = static_cast<decltype(call.rstd)>(static_cast<void*>(memory + begin + statistics));
+        }
+      }
+      Library::run([&](auto... where) { return kForward(&call, where...); }, self.capability_, stream);
+    });
   }
 
-  void backward(const py::object& workspace, const py::tuple& values, Address stream) {
-    call_.workspace = describe(workspace.ptr()).data;
-    Arguments arguments(values);
+  static void backward(const py::tuple& settings, const py::tuple& arguments, const py::tuple& results,
+                       const py::tuple& of_gradients, Address stream) {
+    Operator self(settings, arguments, results);
+    Arguments targets(of_gradients);
     Gradients gradients;
-    read(arguments, gradients);
-    arguments.finish();
-    Library::run([&](auto... where) { return kBackward(&call_, &gradients, where...); }, capability_, stream);
+    read(targets, gradients);
+    targets.finish();
+    Library::with_memory(self.size(kBackwardWorkspace), arguments, [&](char* memory) {
+      self.call_.workspace = memory;
+      Library::run([&](auto... where) { return kBackward(&self.call_, &gradients, where...); }, self.capability_,
+                   stream);
+    });
   }
 
-  const py::tuple values_;  // keeps the tensors alive whose memory the call points to
+  // Bytes of mean, and of rstd, that forward writes for nobody, in the widest type; they lie behind the workspace.
+  int64_t unwanted_statistics() const {
+    if constexpr (kLeavesStatistics<Call>) {
+      if (!call_.mean) return call_.batch * call_.channels * static_cast<int64_t>(sizeof(double));
+    }
+    return 0;
+  }
+
+  static constexpr int64_t kAlignment = 64;
+
+  Arguments settings_, arguments_, results_;
   int32_t capability_ = 0;
   Call call_ = {};
 };

@@ -10,6 +10,8 @@ constexpr uint32_t kMajorVersion = 1;
 constexpr char kAttribute[] = "__dlpack_c_exchange_api__";  // of the class of tensors: a capsule with this name:
 constexpr char kCapsule[] = "dlpack_exchange_api";
 
+constexpr uint8_t kFloat = 2, kBfloat = 4;  // codes of scalar types
+
 struct Tensor {
   void* data;
   struct {

@@ -123,7 +123,7 @@ class _Forced(threading.local):  # torch.compile can follow this, but not a Cont
 
 
 _forced = _Forced()
-_defaults: dict[tuple[str, str, torch.dtype], str] = {}
+_defaults: dict[tuple[str, torch.device, torch.dtype], str] = {}
 _implementations: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
@@ -162,7 +162,7 @@ def resolve(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     forced = _forced.name
     if not forced:
-        return default(operator, device, dtype)
+        return _defaults.get((operator, device, dtype)) or default(operator, device, dtype)
     _check_name(forced, "SCA_BACKEND")
     reason = BACKENDS[forced].why_not_for(operator, device, dtype)
     if reason is not None:
@@ -183,7 +183,7 @@ def implementation(operator: str, name: str) -> Callable[..., Any]:
 
 def default(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the backend that serves a call when none is forced."""
-    key = (operator, device.type, dtype)
+    key = (operator, device, dtype)
     name = _defaults.get(key)
     if name is None:
         able = (

@@ -27,20 +27,25 @@ def is_recording(tensor: Tensor) -> bool:
 def is_plain_call(tensors: Iterable[Tensor | None]) -> bool:
     """Whether the dispatcher would bring an operator's call to its kernel and do nothing else on the way.
 
-    It has more to do for a mode, a transform, a trace, a profiler, a tensor subclass, a lazily negated tensor or zeros
-    without memory. Otherwise it can be left out: it costs as much as a small call.
+    It has more to do for what listens to operators, a tensor subclass, a lazily negated tensor or zeros without memory.
+    Otherwise it can be left out: it costs as much as a small call.
     """
-    if (
-        torch._C._len_torch_dispatch_stack() != 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-    ):
+    if something_listens():
         return False
     for tensor in tensors:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
+        if tensor is not None and (type(tensor) not in PLAIN_CLASSES or tensor.is_neg() or tensor._is_zerotensor()):
             return False
     return True
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+def something_listens() -> bool:
+    """Whether there is a mode, a transform, a trace or a profiler that must learn of each operator."""
+    return (
+        torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+PLAIN_CLASSES = (Tensor, torch.nn.Parameter)

@@ -34,14 +34,18 @@ if triton.INTERPRETED and triton.why_not() is None:
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Memory from ``torch.empty`` is NaN, or the largest integer: an element that nobody writes, or a workspace that is
-    read before it is written, shows in the results."""
+    read before it is written, shows in the results. All workspaces come from there, the smallest ones too."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     # On a GPU some of PyTorch's own operators have no other algorithm.
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if cpu.native is not None:
+        cpu.native.use_stack(False)
     yield
+    if cpu.native is not None:
+        cpu.native.use_stack(True)
     torch.use_deterministic_algorithms(deterministic, warn_only=warns_only)
     torch.utils.deterministic.fill_uninitialized_memory = filled
 
@@ -121,7 +125,7 @@ def use_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Non
 
     def use(threads: int) -> None:
         torch.set_num_threads(threads)
-        assert cpu.thread_count(1) == threads
+        assert torch.get_num_threads() == threads
 
     yield use
     torch.set_num_threads(before)

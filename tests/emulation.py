@@ -10,12 +10,11 @@ import functools
 import importlib.util
 import os
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from torch import Tensor
 
 from sca_kernels import cuda
 from sca_kernels.backends import BACKENDS
@@ -52,11 +51,10 @@ def library() -> Any:
 def serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on the backend "cuda" runs on the CPU."""
 
-    def run(method: Callable[..., None], device: torch.device, *arguments: Any) -> None:
-        method(*arguments)
+    def run(kernel: str, tensor: Tensor, *arguments: Any) -> None:
+        getattr(library(), kernel)(*arguments)
 
-    monkeypatch.setattr(cuda, "kernels", library)
-    monkeypatch.setattr(cuda, "settings", lambda device, work: (90, 2))
+    monkeypatch.setattr(cuda, "settings", lambda tensor: (90, 2, 0))
     monkeypatch.setattr(cuda, "run", run)
     emulated = dataclasses.replace(BACKENDS["cuda"], devices=frozenset({"cpu"}), why_not=lambda: None)
     monkeypatch.setitem(BACKENDS, "cuda", emulated)

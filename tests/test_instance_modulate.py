@@ -25,7 +25,6 @@ from instances import (
 from torch import Tensor
 
 from sca_kernels import backend, cpu, instance_modulate
-from sca_kernels.c_interface import instance_modulate as calls
 
 case = pytest.mark.parametrize("case", CASES)
 memory = pytest.mark.parametrize("memory", MEMORY)
@@ -386,8 +385,11 @@ def test_workspace_is_a_fraction_of_the_map(native):
     def sizes(height: int, arrange: Callable[[Tensor], Tensor]) -> tuple[int, int]:
         x = arrange(torch.zeros(1, 64, height, 256))
         stats = torch.zeros(2, 1, 64, dtype=torch.float64)
-        call = calls._call(cpu, x, x, None, None, None, None, stats, None, None, None, False, True, False, 1e-5, 0.2)
-        return call.workspace_size(), call.backward_workspace_size()
+        call = (cpu.settings(x), (x, *[None] * 7, True, False, 1e-5, 0.2), (x, stats))
+        return (
+            cpu.native.instance_modulate_workspace(*call),
+            cpu.native.instance_modulate_backward_workspace(*call),
+        )
 
     for arrange in MEMORY.values():
         forward, backward = sizes(1024, arrange)

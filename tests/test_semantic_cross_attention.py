@@ -33,7 +33,6 @@ from torch import Tensor
 
 import sca_kernels
 from sca_kernels import LabelMap, LatentLayout, cpu, semantic_cross_attention
-from sca_kernels.c_interface import semantic_cross_attention as calls
 from sca_kernels.outputs import empty_attention_outputs
 
 EMPTY = ("uniform", "zero")
@@ -588,8 +587,9 @@ def workspace_size(heads: int, query_tokens: Tokens, key_tokens: Tokens, width: 
             groupings += [tensor(places, dtype=torch.int64), None]
     most = [0 if isinstance(tokens, LabelMap) else tokens.max_per_label for tokens in (query_tokens, key_tokens)]
     lse = tensor(1, heads, queries)
-    call = calls._call(cpu, query, key, key, None, query, lse, *groupings, *most, 1.0, "uniform")
-    return call.workspace_size()
+    arguments = (query, key, key, None, *groupings, *most, 1.0, "uniform")
+    size: int = cpu.native.semantic_cross_attention_workspace(cpu.settings(query), arguments, (query, lse))
+    return size
 
 
 @combination

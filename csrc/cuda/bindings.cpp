@@ -27,6 +27,11 @@ struct Library {
     }
     if (error) throw std::runtime_error(error);
   }
+  template <typename Use>
+  static void with_memory(int64_t bytes, const py::tuple& values, const Use& use) {
+    const py::object memory = allocate(bytes, values);
+    use(static_cast<char*>(describe(memory.ptr()).data));
+  }
 };
 
 using SemanticCrossAttention =
@@ -47,10 +52,10 @@ using InstanceModulate = Operator<Library, sca_instance_modulate, sca_instance_m
 
 PYBIND11_MODULE(SCA_MODULE, module) {
   load();
-  SemanticCrossAttention::bind<double>(module, "SemanticCrossAttention");
-  SemanticPool::bind<>(module, "SemanticPool");
-  SemanticModulate::bind<double, double>(module, "SemanticModulate");
-  InstanceModulate::bind<double, double>(module, "InstanceModulate");
+  SemanticCrossAttention::bind(module, "semantic_cross_attention");
+  SemanticPool::bind(module, "semantic_pool");
+  SemanticModulate::bind(module, "semantic_modulate");
+  InstanceModulate::bind(module, "instance_modulate");
 #ifdef SCA_CUDA_EMULATION
   module.def("emulate", [](int threads, bool backwards, int cluster_blocks, int64_t extra_memory) {
     sca::cuda::emulation() = {threads, backwards, cluster_blocks, extra_memory};

@@ -1,36 +1,26 @@
-"""Calls of kernels through the C interface of csrc/sca_kernels.h, which libraries for several devices have."""
+"""Calls of kernels through the C interface of csrc/sca_kernels.h, which libraries for several devices have.
+
+The functions here take the arguments of an operator as its schema has them, without the backend, and pass them on as
+one tuple: the compiled module reads types, sizes and strides from the tensors themselves, and copies or broadcasts
+where a kernel needs it. What is left to do here is to find memory for the results.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
-
-_SCALAR_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 class Library(Protocol):
     """The kernels for one kind of device. The modules ``sca_kernels.cpu`` and ``sca_kernels.cuda`` are libraries."""
 
-    def kernels(self) -> Any:
-        """The compiled module."""
-
-    def settings(self, device: torch.device, work: int) -> tuple[int, int]:
-        """Which kernels serve a call, and on how many threads or multiprocessors, if it has so many multiply-adds."""
+    def settings(self, tensor: Tensor) -> tuple[int, int, int]:
+        """Which kernels serve a call with this tensor, how many threads or multiprocessors there are, and how many
+        multiply-adds a call must have for each of them, to be given more than one."""
 
     def prepare_result(self, tensor: Tensor) -> Tensor:
         """Prepares the memory of a result to be written for the first time; returns the tensor."""
 
-    def run(self, method: Callable[..., None], device: torch.device, *arguments: Any) -> None:
-        """Runs a kernel: a method of a call, with its arguments."""
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def scalar_type(dtype: torch.dtype) -> int:
-    """The number of a type in the C interface."""
-    return _SCALAR_TYPES[dtype]
+    def run(self, kernel: str, tensor: Tensor, *arguments: Any) -> None:
+        """Runs a kernel where the tensor is: a function of the compiled module by its name, with its arguments."""

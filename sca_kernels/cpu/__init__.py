@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -85,25 +84,14 @@ def set_capability(name: str) -> None:
     _capability = CAPABILITIES.index(name)
 
 
-def thread_count(work: int) -> int:
-    """Threads for a call of so many multiply-adds: at most PyTorch's, one if there is little to do."""
-    threads = torch.get_num_threads()
-    return threads if work >= threads * _WORK_PER_THREAD else 1
+def settings(tensor: Tensor) -> tuple[int, int, int]:
+    """The instruction set, PyTorch's number of threads, and how many multiply-adds each of them is worth."""
+    return _capability, torch.get_num_threads(), _WORK_PER_THREAD
 
 
-def kernels() -> Any:
-    """The compiled module."""
-    return native
-
-
-def settings(device: torch.device, work: int) -> tuple[int, int]:
-    """The instruction set, and the threads for a call of so many multiply-adds."""
-    return _capability, thread_count(work)
-
-
-def run(method: Callable[..., None], device: torch.device, *arguments: Any) -> None:
+def run(kernel: str, tensor: Tensor, *arguments: Any) -> None:
     """Runs a kernel."""
-    method(*arguments)
+    getattr(native, kernel)(*arguments)
 
 
 def prepare_result(tensor: Tensor) -> Tensor:

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from ..labels import plan_shapes
-from . import capability, native, thread_count
-
-_WORK_PER_PIXEL = 16  # in multiply-adds
+from . import native, settings
 
 
 def label_plan(
@@ -16,18 +14,15 @@ def label_plan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :class:`sca_kernels.labels.LabelPlan`."""
     batch, height, width = labels.shape
-    labels = labels.contiguous()
     order_shape, offsets_shape, counts_shape, segments_shape = plan_shapes(labels, num_labels, tile_height, tile_width)
     order = torch.empty(order_shape, dtype=torch.int32)
     offsets = torch.empty(offsets_shape, dtype=torch.int64)
     tile_counts = torch.empty(counts_shape, dtype=torch.int32)
     tile_segments = torch.empty(segments_shape, dtype=torch.int32)
-    threads = thread_count(labels.numel() * _WORK_PER_PIXEL)
-    workspace = torch.empty(max(threads, batch) * (num_labels + 1), dtype=torch.int32)
+    workspace = torch.empty(max(torch.get_num_threads(), batch) * (num_labels + 1), dtype=torch.int32)
     native.label_plan(
         (
-            capability(),
-            threads,
+            *settings(labels),
             *(batch, height, width, num_labels, tile_height, tile_width),
             labels,
             *(order, offsets, tile_counts, tile_segments),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,9 +28,9 @@ def kernels() -> Any:
     return importlib.import_module("sca_kernels._cuda")
 
 
-def settings(device: torch.device, work: int) -> tuple[int, int]:
-    """The device's compute capability, such as 90 for 9.0, and the number of its multiprocessors."""
-    return _properties(device)
+def settings(tensor: Tensor) -> tuple[int, int, int]:
+    """The device's compute capability, such as 90 for 9.0, and the number of its multiprocessors, whatever the work."""
+    return *_properties(tensor.device), 0
 
 
 def prepare_result(tensor: Tensor) -> Tensor:
@@ -39,13 +38,14 @@ def prepare_result(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def run(method: Callable[..., None], device: torch.device, *arguments: Any) -> None:
-    """Enqueues a kernel on the current stream of a device."""
+def run(kernel: str, tensor: Tensor, *arguments: Any) -> None:
+    """Enqueues a kernel on the current stream of a tensor's device."""
+    function, device = getattr(kernels(), kernel), tensor.device
     if device.index == torch.cuda.current_device():
-        method(*arguments, torch.cuda.current_stream(device).cuda_stream)
+        function(*arguments, torch.cuda.current_stream(device).cuda_stream)
         return
     with torch.cuda.device(device):
-        method(*arguments, torch.cuda.current_stream(device).cuda_stream)
+        function(*arguments, torch.cuda.current_stream(device).cuda_stream)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from ..autocast import without_autocast
 from ..outputs import empty_instance_modulate_outputs
 from ..reference import instance_modulate as reference
 from .arguments import check_feature_map, per_channel, prepare_noise, prepare_stats
+from .known_calls import Given, can_be_known
 from .library import Saved, register
 
 _OPERATOR = "instance_modulate"
@@ -83,6 +84,14 @@ def instance_modulate(
         >>> instance_modulate(x, gamma, beta, eps=0.0, negative_slope=0.5).flatten().tolist()
         [-1.0, 4.0, -1.0, 4.0]
     """
+    given: Given | None = None
+    if can_be_known(x) and (stats is None or isinstance(stats, tuple)):
+        of_stats = (None, None) if stats is None else stats
+        as_given = (x, gamma, beta, *of_stats, noise, noise_seed, noise_strength)
+        given = (as_given, (add_one, unbiased, eps, negative_slope))
+        results = _operator.run_known(*given)
+        if results is not None:
+            return results[0]
     dtype, device = check_feature_map(x), x.device
     batch, channels, _, _ = x.shape
     gamma = _prepare_parameter("gamma", gamma, x, dtype)
@@ -96,9 +105,7 @@ def instance_modulate(
             return reference.instance_modulate(
                 *tensors, add_one=add_one, unbiased=unbiased, eps=eps, negative_slope=negative_slope
             )
-    # Eagerly the autograd kernel is called at once: to have the dispatcher find it costs as much as a small call.
-    operator = _operator if torch.compiler.is_compiling() else _autograd
-    out, _ = operator(*tensors, add_one, unbiased, eps, negative_slope, backend)
+    out, _ = _operator.run(tensors, (add_one, unbiased, eps, negative_slope, backend), given)
     return out
 
 
@@ -138,25 +145,29 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     gamma, beta, stats, _, _, noise_strength = rest[:6]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    gradients: list[Tensor | None] = []
-    for tensor, wanted in zip((x, gamma, beta, stats[0], stats[1], noise_strength), rest[-1], strict=True):
+    wants_x, *mask = rest[-1]
+    gradients: list[Tensor | None] = [torch.empty_like(x) if wants_x else None]
+    for tensor, wanted in zip((gamma, beta, stats[0], stats[1], noise_strength), mask, strict=True):
         if not wanted or tensor is None:
             gradients.append(None)
+        elif tensor.dim() == 4:
+            gradients.append(torch.empty_like(tensor.expand(x.shape)))
         else:
-            gradients.append(torch.empty_like(tensor) if tensor.dim() == 4 else x.new_empty(tensor.shape, dtype=dtype))
+            gradients.append(x.new_empty(x.shape[:2], dtype=dtype))
     return tuple(gradients)
 
 
 _NOISE_SCHEMA = "Tensor? noise, Tensor? noise_seed, Tensor? noise_strength"
 _SETTINGS_SCHEMA = "bool add_one, bool unbiased, float eps, float negative_slope, str backend"
 _DIFFERENTIABLE = ("x", "gamma", "beta", "mean", "rstd", "noise_strength")
-_operator, _autograd = register(
+_operator = register(
     _OPERATOR,
     f"(Tensor x, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? rstd, {_NOISE_SCHEMA}, {_SETTINGS_SCHEMA})"
     " -> (Tensor out, Tensor stats)",
     f"(Tensor grad_out, Tensor x, Tensor? gamma, Tensor? beta, Tensor stats, {_NOISE_SCHEMA},"
     f" bool stats_given, {_SETTINGS_SCHEMA}, bool[6] output_mask)"
     f" -> ({', '.join(f'Tensor grad_{name}' for name in _DIFFERENTIABLE)})",
+    features="x",
     differentiable=_DIFFERENTIABLE,
     constants=("noise", "noise_seed"),
     differentiable_results=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.library import Library
 
 from .. import backends
 from ..tracing import is_plain_call
+from .known_calls import Given, KnownCalls
 
 LIBRARY = Library("sca", "DEF")
 
@@ -21,18 +23,39 @@ Saved = tuple[tuple[Tensor | None, ...], tuple[Any, ...]]
 Gradients = tuple[Tensor | None, ...]
 
 
+# A call that autograd has to know of: what computes it, the arguments of the operator, the positions of those that may
+# take gradients, and whether the results that only the backward pass needs are returned as well.
+_Call = tuple[Callable[..., Results], tuple[Any, ...], Sequence[int], bool]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator with gradients, as its public function calls it.
+
+    Attributes:
+        run: takes tensors and settings that were checked and prepared, and what the user gave if a call like that may
+            skip its checks from now on; returns the results.
+        run_known: takes what the user gave, in two parts; returns the results, or None if it has to be checked. Results
+            that are only there for the backward pass are missing, or None.
+    """
+
+    run: Callable[[tuple[Tensor | None, ...], tuple[Any, ...], Given | None], Results]
+    run_known: Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...] | None]
+
+
 def register(
     name: str,
     schema: str,
     backward_schema: str,
     *,
+    features: str,
     differentiable: Sequence[str],
     save: Callable[[tuple[Any, ...], Results], Saved],
     fake: Callable[..., Results],
     backward_fake: Callable[..., Gradients],
     constants: Sequence[str] = (),
     differentiable_results: int | None = None,
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+) -> Operator:
     """Defines an operator and its backward pass, which is an operator as well, and dispatches both to the backends.
 
     The last argument of the operator is the backend. The backward operator takes the gradients of the results, what
@@ -45,16 +68,14 @@ def register(
         name: of the operator; that of the backward operator ends in "_backward".
         schema: arguments and results of the operator.
         backward_schema: of the backward operator, whose last two arguments are ``str backend, bool[...] output_mask``.
+        features: the argument by whose device and type the backend is chosen.
         differentiable: the arguments that take gradients.
         save: gets the operator's arguments and results, returns the tensors and the other values that are passed on to
             the backward operator.
         fake, backward_fake: return what a backend does, without values, from the arguments of either operator.
         constants: further arguments that the user gives as tensors.
-        differentiable_results: how many of the results, from the first on, take gradients. Default: all.
-
-    Returns:
-        the operator, for code that is compiled, and a function that does the same for eager calls: to have the
-        dispatcher find the autograd kernel costs as much as a small call.
+        differentiable_results: how many of the results, from the first on, take gradients. The others are there for the
+            backward pass alone: implementations leave them out if told that it is not ``for_backward``. Default: all.
     """
     backward_name = f"{name}_backward"
     LIBRARY.define(f"{name}{schema}")
@@ -65,31 +86,39 @@ def register(
     positions = [arguments_by_name.index(argument) for argument in differentiable]
     given_tensors = itemgetter(*positions, *(arguments_by_name.index(argument) for argument in constants))
     gradients_in = len(operator._schema.returns) if differentiable_results is None else differentiable_results
+    without_backward = {"for_backward": False} if gradients_in < len(operator._schema.returns) else {}
+    known_calls = KnownCalls(name, arguments_by_name.index(features))
 
-    def forward(ctx: Any, *arguments: Any) -> Results:
-        results = below_autograd(*arguments)
+    # Autograd looks at each argument of a function, so it gets the few that may take gradients, the inputs, one by one
+    # and all the rest as one. It looks at results too: what only the backward pass needs is left out if nobody else is
+    # going to see it.
+    def forward(ctx: Any, call: _Call, *inputs: Tensor) -> Results:
+        run, arguments, ctx.where, returns_all = call
+        results = run(*arguments)
         tensors, ctx.settings = save(arguments, results)
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        if gradients_in < len(results):
-            ctx.mark_non_differentiable(*results[gradients_in:])
+        if gradients_in == len(results):
+            return results
+        if not returns_all:
+            return results[:gradients_in]
+        ctx.mark_non_differentiable(*results[gradients_in:])
         return results
 
+    # A table that was given may be smaller than its gradient here: autograd sums that to the shape of the input.
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
-        wanted: list[Tensor | None] = [None] * len(needed)
         gradients = gradients[:gradients_in]
-        if any(gradient is not None for gradient in gradients):
-            output_mask = [needed[position] for position in positions]
-            arguments = (*gradients, *ctx.saved_tensors)
-            run = backward_operator
-            if not torch.is_grad_enabled() and is_plain_call(arguments):
-                run = backward_dispatch
-            found = run(*arguments, *ctx.settings, output_mask)
-            for position, asked, gradient in zip(positions, output_mask, found, strict=True):
-                if asked:
-                    wanted[position] = gradient
-        return tuple(wanted)
+        _, *needed = ctx.needs_input_grad
+        if all(gradient is None for gradient in gradients):
+            return (None, *(None for _ in needed))
+        wanted = {position for position, is_needed in zip(ctx.where, needed, strict=True) if is_needed}
+        output_mask = [position in wanted for position in positions]
+        arguments = (*gradients, *ctx.saved_tensors)
+        run = backward_operator
+        if not torch.is_grad_enabled() and is_plain_call(arguments):
+            run = backward_dispatch
+        found = dict(zip(positions, run(*arguments, *ctx.settings, output_mask), strict=True))
+        return (None, *(found[position] if position in wanted else None for position in ctx.where))
 
     # The name shows in grad_fn and in profiles.
     function: Any = type(
@@ -97,15 +126,36 @@ def register(
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
+    # What Function.apply does before it goes on to this, for transforms, a known call has no need of.
+    apply_to_plain_tensors = super(torch.autograd.Function, function).apply
+
+    def run(tensors: tuple[Tensor | None, ...], settings: tuple[Any, ...], given: Given | None) -> Results:
+        if torch.compiler.is_compiling():
+            return operator(*tensors, *settings)
+        # To have the dispatcher find the autograd kernel costs as much as a small call.
+        results = autograd(*tensors, *settings)
+        if given is not None:
+            known_calls.add(given, tensors, settings)
+        return results
+
+    def run_known(tensors: tuple[Any, ...], others: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        known = known_calls.find(tensors, others)
+        if known is None:
+            return None
+        settings, where, _, _ = known
+        if where:
+            call = (dispatch, (*tensors, *settings, "cpu"), where, False)
+            return apply_to_plain_tensors(call, *[tensors[position] for position in where])
+        return backends.implementation(name, "cpu")(*tensors, *settings, **without_backward)
 
     def autograd(*arguments: Any) -> Results:
+        where = [position for position in positions if arguments[position] is not None]
+        inputs = [arguments[position] for position in where]
         # Forward-mode differentiation must reach the function too, which refuses it: below it tangents would be lost.
-        if forward_ad._current_level >= 0:
-            return function.apply(*arguments)
-        if torch.is_grad_enabled():
-            for tensor in given_tensors(arguments):
-                if tensor is not None and tensor.requires_grad:
-                    return function.apply(*arguments)
+        if forward_ad._current_level >= 0 or (
+            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        ):
+            return function.apply((below_autograd, arguments, where, True), *inputs)
         return below_autograd(*arguments)
 
     def below_autograd(*arguments: Any) -> Results:
@@ -143,4 +193,4 @@ def register(
     LIBRARY.impl(backward_name, all_tensors(backward_dispatch), "CompositeExplicitAutograd")
     LIBRARY.impl(name, autograd, "Autograd")
     LIBRARY.impl(backward_name, backward_autograd, "Autograd")
-    return operator, autograd
+    return Operator(run, run_known)

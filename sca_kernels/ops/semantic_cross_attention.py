@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..labels import LabelMap, LatentLayout, LatentSelection
+from ..labels import LabelMap, LatentLayout, LatentSelection, grouping
 from ..outputs import empty_attention_outputs
 from ..reference import semantic_cross_attention as reference
 from .arguments import TYPES, broadcast, check_empty, check_images, check_selection
+from .known_calls import Given, can_be_known, look_at
 from .library import Saved, register
 
 _OPERATOR = "semantic_cross_attention"
@@ -112,6 +113,16 @@ def semantic_cross_attention(
         >>> out[0, 0, 2:].flatten().tolist()  # label 1 owns the last latent alone
         [3.0, 3.0]
     """
+    given: Given | None = None
+    if can_be_known(query, query_tokens, key_tokens) and not torch.is_autocast_enabled("cpu"):
+        (query_offsets, query_order, max_query_latents), of_queries = look_at(query_tokens)
+        (key_offsets, key_order, max_key_latents), of_keys = look_at(key_tokens)
+        tensors = (query, key, value, empty_value, query_offsets, query_order, key_offsets, key_order)
+        given = (tensors, (max_query_latents, max_key_latents, scale, empty, *of_queries, *of_keys))
+        results = _operator.run_known(*given)
+        if results is not None:
+            out, lse = results
+            return (out, lse) if return_lse else out
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -124,9 +135,9 @@ def semantic_cross_attention(
         query, key, value = (_autocast(tensor, dtype) for tensor in (query, key, value))
         empty_value = None if empty_value is None else _autocast(empty_value, dtype)
         with torch.autocast(device_type, enabled=False):
-            out, lse = _attend(query, key, value, empty_value, *tokens, scale, empty)
+            out, lse = _attend(query, key, value, empty_value, *tokens, scale, empty, None)
     else:
-        out, lse = _attend(query, key, value, empty_value, *tokens, scale, empty)
+        out, lse = _attend(query, key, value, empty_value, *tokens, scale, empty, given)
     return (out, lse) if return_lse else out
 
 
@@ -139,6 +150,7 @@ def _attend(
     key_tokens: Tokens,
     scale: float | None,
     empty: str,
+    given: Given | None,
 ) -> tuple[Tensor, Tensor]:
     _check(query, key, value, empty_value, query_tokens, key_tokens, empty)
     if empty_value is not None:
@@ -159,14 +171,13 @@ def _attend(
             scale=scale,
             empty=empty,
         )
-    query_offsets, query_order, max_query_latents = _grouping(query_tokens, query.device)
-    key_offsets, key_order, max_key_latents = _grouping(key_tokens, query.device)
-    # Eagerly the autograd kernel is called at once: to have the dispatcher find it costs as much as a small call.
-    operator = _operator if torch.compiler.is_compiling() else _autograd
-    out, lse = operator(
-        query, key, value, empty_value, query_offsets, query_order, key_offsets, key_order,
-        max_query_latents, max_key_latents, scale, empty, backend,
-    )  # fmt: skip
+    query_offsets, query_order, max_query_latents = grouping(query_tokens, query.device)
+    key_offsets, key_order, max_key_latents = grouping(key_tokens, query.device)
+    out, lse = _operator.run(
+        (query, key, value, empty_value, query_offsets, query_order, key_offsets, key_order),
+        (max_query_latents, max_key_latents, scale, empty, backend),
+        given,
+    )
     return out, lse
 
 
@@ -252,15 +263,6 @@ def _token_labels(tokens: Tokens, device: torch.device) -> Tensor:
     return torch.atleast_2d(tokens.labels(device))
 
 
-def _grouping(tokens: Tokens, device: torch.device) -> tuple[Tensor, Tensor | None, int]:
-    """The tokens grouped by label: offsets, order (None where it is the identity) and the most latents of a label."""
-    if isinstance(tokens, LabelMap):
-        plan = tokens.planned().plan
-        assert plan is not None
-        return plan.offsets, plan.order, 0
-    return tokens.offsets(device), None, tokens.max_per_label
-
-
 def _save(arguments: tuple[Any, ...], results: tuple[Tensor, ...]) -> Saved:
     query, key, value, empty_value, query_offsets, query_order, key_offsets, key_order, *settings = arguments
     out, lse = results
@@ -288,12 +290,13 @@ def _backward_fake(
 _INPUTS_SCHEMA = "Tensor query, Tensor key, Tensor value, Tensor? empty_value"
 _GROUPING_SCHEMA = "Tensor query_offsets, Tensor? query_order, Tensor key_offsets, Tensor? key_order"
 _SETTINGS_SCHEMA = "int max_query_latents, int max_key_latents, float scale, str empty, str backend"
-_operator, _autograd = register(
+_operator = register(
     _OPERATOR,
     f"({_INPUTS_SCHEMA}, {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA}) -> (Tensor out, Tensor lse)",
     f"(Tensor? grad_out, Tensor? grad_lse, {_INPUTS_SCHEMA}, Tensor? out, Tensor lse,"
     f" {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA}, bool[4] output_mask)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_empty_value)",
+    features="query",
     differentiable=("query", "key", "value", "empty_value"),
     save=_save,
     fake=_fake,

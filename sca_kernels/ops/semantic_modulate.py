@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import without_autocast
-from ..labels import LabelMap, LatentLayout, LatentSelection
+from ..labels import LabelMap, LatentLayout, LatentSelection, grouping
 from ..outputs import empty_modulate_outputs
 from ..reference import semantic_modulate as reference
 from .arguments import (
@@ -21,6 +21,7 @@ from .arguments import (
     prepare_noise,
     prepare_stats,
 )
+from .known_calls import Given, can_be_known, look_at
 from .library import Saved, register
 
 _OPERATOR = "semantic_modulate"
@@ -123,6 +124,19 @@ def semantic_modulate(
         >>> [round(value, 2) for value in out.flatten().tolist()]
         [8.66, 9.55, 20.45, 21.34]
     """
+    given: Given | None = None
+    if can_be_known(x, layout, labels) and (stats is None or isinstance(stats, tuple)):
+        (cu_latents, _, max_latents), of_latents = look_at(layout)
+        (offsets, order, _), of_pixels = look_at(labels)
+        tensors = (
+            x, keys, scale, shift, cu_latents, offsets, order,
+            key_bias, row_bias, col_bias, scale_bias, shift_bias, empty_scale, empty_shift,
+            *((None, None) if stats is None else stats), noise, noise_seed, noise_strength,
+        )  # fmt: skip
+        given = (tensors, (max_latents, eps, negative_slope, add_one, empty, *of_latents, *of_pixels))
+        results = _operator.run_known(*given)
+        if results is not None:
+            return results[0]
     _check(x, keys, scale, shift, layout, labels, key_bias, row_bias, col_bias, empty)
     device, (batch, channels, _, _) = x.device, x.shape
     dtype = keys.dtype
@@ -153,15 +167,15 @@ def semantic_modulate(
                 mean, rstd, noise, noise_seed, noise_strength,
                 eps=eps, negative_slope=negative_slope, add_one=add_one, empty=empty,
             )  # fmt: skip
-    plan = labels.planned().plan
-    assert plan is not None
-    # Eagerly the autograd kernel is called at once: to have the dispatcher find it costs as much as a small call.
-    operator = _operator if torch.compiler.is_compiling() else _autograd
-    out, _ = operator(
-        x, keys, scale, shift, layout.offsets(device), plan.offsets, plan.order,
-        key_bias, row_bias, col_bias, scale_bias, shift_bias, empty_scale, empty_shift,
-        mean, rstd, noise, noise_seed, noise_strength,
-        layout.max_per_label, eps, negative_slope, add_one, empty, backend,
+    offsets, order, _ = grouping(labels, device)
+    out, _ = _operator.run(
+        (
+            x, keys, scale, shift, layout.offsets(device), offsets, order,
+            key_bias, row_bias, col_bias, scale_bias, shift_bias, empty_scale, empty_shift,
+            mean, rstd, noise, noise_seed, noise_strength,
+        ),
+        (layout.max_per_label, eps, negative_slope, add_one, empty, backend),
+        given,
     )  # fmt: skip
     return out
 
@@ -213,11 +227,15 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     keys, scale, shift, _, _, _, *tables, stats, _, _, noise_strength = rest[:17]
     wants_x, *mask = rest[-1]
-    given = (keys, scale, shift, *tables, stats[0], stats[1], noise_strength)
-    gradients = (
-        keys.new_empty(tensor.shape) if wanted and tensor is not None else None
-        for tensor, wanted in zip(given, mask, strict=True)
-    )
+    of_latents, of_channels = (keys, scale, shift, *tables[:3]), (*tables[3:], stats, stats, noise_strength)
+    gradients = [
+        keys.new_empty(table.shape) if wanted and table is not None else None
+        for table, wanted in zip(of_latents, mask[:6], strict=True)
+    ]
+    gradients += [
+        keys.new_empty(x.shape[:2]) if wanted and table is not None else None
+        for table, wanted in zip(of_channels, mask[6:], strict=True)
+    ]
     return torch.empty_like(x) if wants_x else None, *gradients
 
 
@@ -232,13 +250,14 @@ _DIFFERENTIABLE = (
     "x", "keys", "scale", "shift", "key_bias", "row_bias", "col_bias", "scale_bias", "shift_bias",
     "empty_scale", "empty_shift", "mean", "rstd", "noise_strength",
 )  # fmt: skip
-_operator, _autograd = register(
+_operator = register(
     _OPERATOR,
     f"({_INPUTS_SCHEMA}, Tensor? mean, Tensor? rstd, {_NOISE_SCHEMA}, {_SETTINGS_SCHEMA})"
     " -> (Tensor out, Tensor stats)",
     f"(Tensor grad_out, {_INPUTS_SCHEMA}, Tensor stats, {_NOISE_SCHEMA}, bool stats_given,"
     f" {_SETTINGS_SCHEMA}, bool[14] output_mask)"
     f" -> ({', '.join(f'Tensor grad_{name}' for name in _DIFFERENTIABLE)})",
+    features="x",
     differentiable=_DIFFERENTIABLE,
     constants=("noise", "noise_seed"),
     differentiable_results=1,

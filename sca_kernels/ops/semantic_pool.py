@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import without_autocast
-from ..labels import LabelMap, LatentLayout, LatentSelection
+from ..labels import LabelMap, LatentLayout, LatentSelection, grouping
 from ..outputs import empty_pool_outputs
 from ..reference import semantic_pool as reference
 from .arguments import check_empty, check_feature_map, check_regions, check_table
+from .known_calls import Given, can_be_known, look_at
 from .library import Saved, register
 
 _OPERATOR = "semantic_pool"
@@ -101,6 +102,15 @@ def semantic_pool(
         >>> semantic_pool(torch.zeros(1, 1, 2, 1), x, LatentLayout((1, 1)), labels).pooled.flatten().tolist()
         [2.0, 4.0]
     """
+    given: Given | None = None
+    if can_be_known(x, layout, labels):
+        (cu_latents, _, max_latents), of_latents = look_at(layout)
+        (offsets, order, _), of_pixels = look_at(labels)
+        tensors = (queries, x, cu_latents, offsets, order, row_bias, col_bias)
+        given = (tensors, (max_latents, empty, *of_latents, *of_pixels))
+        results = _operator.run_known(*given)
+        if results is not None:
+            return Pooled(*results)
     _check(queries, x, layout, labels, row_bias, col_bias, empty)
     device = x.device
     backend = backends.resolve(_OPERATOR, device, x.dtype)
@@ -117,14 +127,12 @@ def semantic_pool(
                 empty=empty,
             )
         return Pooled(*results)
-    plan = labels.planned().plan
-    assert plan is not None
-    # Eagerly the autograd kernel is called at once: to have the dispatcher find it costs as much as a small call.
-    operator = _operator if torch.compiler.is_compiling() else _autograd
-    results = operator(
-        queries, x, layout.offsets(device), plan.offsets, plan.order, row_bias, col_bias,
-        layout.max_per_label, empty, backend,
-    )  # fmt: skip
+    offsets, order, _ = grouping(labels, device)
+    results = _operator.run(
+        (queries, x, layout.offsets(device), offsets, order, row_bias, col_bias),
+        (layout.max_per_label, empty, backend),
+        given,
+    )
     return Pooled(*results)
 
 
@@ -295,13 +303,14 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor | None, ...]:
 _GROUPING_SCHEMA = "Tensor cu_latents, Tensor offsets, Tensor order, Tensor? row_bias, Tensor? col_bias"
 _SETTINGS_SCHEMA = "int max_latents, str empty, str backend"
 _RESULTS_SCHEMA = "Tensor pooled, Tensor lse, Tensor row_mass, Tensor col_mass, Tensor mean, Tensor second_moment"
-_operator, _autograd = register(
+_operator = register(
     _OPERATOR,
     f"(Tensor queries, Tensor x, {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA}) -> ({_RESULTS_SCHEMA})",
     "(Tensor? grad_pooled, Tensor? grad_lse, Tensor? grad_row_mass, Tensor? grad_col_mass, Tensor? grad_mean,"
     f" Tensor? grad_second_moment, Tensor queries, Tensor x, {_RESULTS_SCHEMA}, {_GROUPING_SCHEMA},"
     f" {_SETTINGS_SCHEMA}, bool[4] output_mask)"
     " -> (Tensor grad_queries, Tensor grad_x, Tensor grad_row_bias, Tensor grad_col_bias)",
+    features="x",
     differentiable=("queries", "x", "row_bias", "col_bias"),
     save=_save,
     fake=_fake,
