@@ -103,7 +103,7 @@ def semantic_pool(
         [2.0, 4.0]
     """
     given: Given | None = None
-    if can_be_known(x, layout, labels):
+    if can_be_known(_OPERATOR, x, layout, labels):
         (cu_latents, _, max_latents), of_latents = look_at(layout)
         (offsets, order, _), of_pixels = look_at(labels)
         tensors = (queries, x, cu_latents, offsets, order, row_bias, col_bias)
@@ -310,7 +310,6 @@ _operator = register(
     f" Tensor? grad_second_moment, Tensor queries, Tensor x, {_RESULTS_SCHEMA}, {_GROUPING_SCHEMA},"
     f" {_SETTINGS_SCHEMA}, bool[4] output_mask)"
     " -> (Tensor grad_queries, Tensor grad_x, Tensor grad_row_bias, Tensor grad_col_bias)",
-    features="x",
     differentiable=("queries", "x", "row_bias", "col_bias"),
     save=_save,
     fake=_fake,
