@@ -84,6 +84,7 @@ def instance_modulate(
         >>> instance_modulate(x, gamma, beta, eps=0.0, negative_slope=0.5).flatten().tolist()
         [-1.0, 4.0, -1.0, 4.0]
     """
+    # A call like an earlier one skips the checks and preparations that follow.
     given: Given | None = None
     if can_be_known(_OPERATOR, x) and (stats is None or isinstance(stats, tuple)):
         of_stats = (None, None) if stats is None else stats

@@ -113,6 +113,7 @@ def semantic_cross_attention(
         >>> out[0, 0, 2:].flatten().tolist()  # label 1 owns the last latent alone
         [3.0, 3.0]
     """
+    # A call like an earlier one skips the checks and preparations that follow.
     given: Given | None = None
     if can_be_known(_OPERATOR, query, query_tokens, key_tokens) and not torch.is_autocast_enabled("cpu"):
         (query_offsets, query_order, max_query_latents), of_queries = look_at(query_tokens)

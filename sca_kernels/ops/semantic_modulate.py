@@ -124,6 +124,7 @@ def semantic_modulate(
         >>> [round(value, 2) for value in out.flatten().tolist()]
         [8.66, 9.55, 20.45, 21.34]
     """
+    # A call like an earlier one skips the checks and preparations that follow.
     given: Given | None = None
     if can_be_known(_OPERATOR, x, layout, labels) and (stats is None or isinstance(stats, tuple)):
         (cu_latents, _, max_latents), of_latents = look_at(layout)

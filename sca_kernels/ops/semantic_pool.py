@@ -102,6 +102,7 @@ def semantic_pool(
         >>> semantic_pool(torch.zeros(1, 1, 2, 1), x, LatentLayout((1, 1)), labels).pooled.flatten().tolist()
         [2.0, 4.0]
     """
+    # A call like an earlier one skips the checks and preparations that follow.
     given: Given | None = None
     if can_be_known(_OPERATOR, x, layout, labels):
         (cu_latents, _, max_latents), of_latents = look_at(layout)
