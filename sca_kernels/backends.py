@@ -162,12 +162,20 @@ def resolve(operator: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     forced = _forced.name
     if not forced:
-        return _defaults.get((operator, device, dtype)) or default(operator, device, dtype)
+        return default(operator, device, dtype)
     _check_name(forced, "SCA_BACKEND")
     reason = BACKENDS[forced].why_not_for(operator, device, dtype)
     if reason is not None:
         raise RuntimeError(f"backend {forced!r} cannot serve {operator} on {device} in {dtype}: {reason}")
     return forced
+
+
+def serves(name: str, operator: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend is the one that serves a call."""
+    forced = _forced.name
+    if not forced:
+        return default(operator, device, dtype) == name
+    return forced == name and BACKENDS[name].why_not_for(operator, device, dtype) is None
 
 
 def implementation(operator: str, name: str) -> Callable[..., Any]:

@@ -87,7 +87,7 @@ def call(operator: str, given: Mapping[str, Any]) -> tuple[Tensor, ...]:
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that other tests made are forgotten for a while."""
     for operator in CHECKS:
-        monkeypatch.setattr(calls_of(operator), "_calls", KnownCalls(operator, 0)._calls)
+        monkeypatch.setattr(calls_of(operator), "_calls", KnownCalls()._calls)
 
 
 def calls_of(operator: str) -> KnownCalls:
@@ -320,7 +320,7 @@ def test_the_instruction_set_is_asked_each_time(operator):
         for name in cpu.capabilities():
             cpu.set_capability(name)
             known = call(operator, given)
-            calls_of(operator)._calls = KnownCalls(operator, 0)._calls
+            calls_of(operator)._calls = KnownCalls()._calls
             assert_same(known, call(operator, given))
     finally:
         cpu.set_capability(before)

@@ -84,8 +84,9 @@ def instance_modulate(
         >>> instance_modulate(x, gamma, beta, eps=0.0, negative_slope=0.5).flatten().tolist()
         [-1.0, 4.0, -1.0, 4.0]
     """
+    # A call like an earlier one skips the checks and preparations that follow.
     given: Given | None = None
-    if can_be_known(x) and (stats is None or isinstance(stats, tuple)):
+    if can_be_known(_OPERATOR, x) and (stats is None or isinstance(stats, tuple)):
         of_stats = (None, None) if stats is None else stats
         as_given = (x, gamma, beta, *of_stats, noise, noise_seed, noise_strength)
         given = (as_given, (add_one, unbiased, eps, negative_slope))
@@ -167,7 +168,6 @@ _operator = register(
     f"(Tensor grad_out, Tensor x, Tensor? gamma, Tensor? beta, Tensor stats, {_NOISE_SCHEMA},"
     f" bool stats_given, {_SETTINGS_SCHEMA}, bool[6] output_mask)"
     f" -> ({', '.join(f'Tensor grad_{name}' for name in _DIFFERENTIABLE)})",
-    features="x",
     differentiable=_DIFFERENTIABLE,
     constants=("noise", "noise_seed"),
     differentiable_results=1,

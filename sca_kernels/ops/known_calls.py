@@ -33,35 +33,23 @@ class KnownCall(NamedTuple):
     Attributes:
         settings: the arguments of the operator between its tensors and the backend.
         inputs: the positions of tensors that require gradients, if those are recorded.
-        device, dtype: by which the backend is chosen.
     """
 
     settings: tuple[Any, ...]
     inputs: tuple[int, ...]
-    device: torch.device
-    dtype: torch.dtype
 
 
 class KnownCalls:
-    """The calls of an operator that were checked and served by the compiled kernels for CPUs.
+    """The calls of an operator that were checked, for the compiled kernels for CPUs."""
 
-    Args:
-        operator: its name.
-        features: the position of the tensor by which the backend is chosen.
-    """
-
-    def __init__(self, operator: str, features: int) -> None:
-        self._operator = operator
-        self._features = features
+    def __init__(self) -> None:
         self._calls = _two_tables()
 
     def find(self, tensors: tuple[Any, ...], others: tuple[Any, ...]) -> KnownCall | None:
-        """What is known of a call, if the compiled kernels for CPUs still serve it."""
+        """What is known of a call that those kernels serve."""
         if self._calls is None:
             return None
         known: KnownCall | None = self._calls[torch.is_grad_enabled()].find(tensors, others)
-        if known is None or backends.resolve(self._operator, known.device, known.dtype) != "cpu":
-            return None
         return known
 
     def add(self, given: Given, prepared: tuple[Tensor | None, ...], settings: tuple[Any, ...]) -> None:
@@ -83,19 +71,23 @@ class KnownCalls:
         inputs = (
             index for index, tensor in enumerate(tensors) if gradients and tensor is not None and tensor.requires_grad
         )
-        features = tensors[self._features]
-        known = KnownCall(tuple(settings_between), tuple(inputs), features.device, features.dtype)
-        self._calls[gradients].add(tensors, others, known)
+        self._calls[gradients].add(tensors, others, KnownCall(tuple(settings_between), tuple(inputs)))
 
 
-def can_be_known(tensor: Any, *tokens: Any) -> bool:
-    """Whether a call may be like an earlier one: not where checks become part of a graph, or operations are watched."""
+def can_be_known(operator: str, features: Any, *tokens: Any) -> bool:
+    """Whether the compiled kernels for CPUs serve a call, and its checks are neither watched nor part of a graph.
+
+    Args:
+        operator: its name.
+        features: what should be the tensor by which the backend is chosen.
+        tokens: what should be label maps, layouts and selections.
+    """
     if torch.compiler.is_compiling() or something_listens() or forward_ad._current_level >= 0:
         return False
     for side in tokens:
         if not isinstance(side, _TOKENS):
             return False
-    return isinstance(tensor, Tensor) and tensor.is_cpu
+    return isinstance(features, Tensor) and backends.serves("cpu", operator, features.device, features.dtype)
 
 
 def look_at(tokens: LabelMap | LatentLayout | LatentSelection) -> tuple[Grouping, tuple[Any, ...]]:

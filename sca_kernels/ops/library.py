@@ -48,7 +48,6 @@ def register(
     schema: str,
     backward_schema: str,
     *,
-    features: str,
     differentiable: Sequence[str],
     save: Callable[[tuple[Any, ...], Results], Saved],
     fake: Callable[..., Results],
@@ -68,7 +67,6 @@ def register(
         name: of the operator; that of the backward operator ends in "_backward".
         schema: arguments and results of the operator.
         backward_schema: of the backward operator, whose last two arguments are ``str backend, bool[...] output_mask``.
-        features: the argument by whose device and type the backend is chosen.
         differentiable: the arguments that take gradients.
         save: gets the operator's arguments and results, returns the tensors and the other values that are passed on to
             the backward operator.
@@ -87,7 +85,7 @@ def register(
     given_tensors = itemgetter(*positions, *(arguments_by_name.index(argument) for argument in constants))
     gradients_in = len(operator._schema.returns) if differentiable_results is None else differentiable_results
     without_backward = {"for_backward": False} if gradients_in < len(operator._schema.returns) else {}
-    known_calls = KnownCalls(name, arguments_by_name.index(features))
+    known_calls = KnownCalls()
 
     # Autograd looks at each argument of a function, so it gets the few that may take gradients, the inputs, one by one
     # and all the rest as one. It looks at results too: what only the backward pass needs is left out if nobody else is
@@ -142,7 +140,7 @@ def register(
         known = known_calls.find(tensors, others)
         if known is None:
             return None
-        settings, where, _, _ = known
+        settings, where = known
         if where:
             call = (dispatch, (*tensors, *settings, "cpu"), where, False)
             return apply_to_plain_tensors(call, *[tensors[position] for position in where])

@@ -113,8 +113,9 @@ def semantic_cross_attention(
         >>> out[0, 0, 2:].flatten().tolist()  # label 1 owns the last latent alone
         [3.0, 3.0]
     """
+    # A call like an earlier one skips the checks and preparations that follow.
     given: Given | None = None
-    if can_be_known(query, query_tokens, key_tokens) and not torch.is_autocast_enabled("cpu"):
+    if can_be_known(_OPERATOR, query, query_tokens, key_tokens) and not torch.is_autocast_enabled("cpu"):
         (query_offsets, query_order, max_query_latents), of_queries = look_at(query_tokens)
         (key_offsets, key_order, max_key_latents), of_keys = look_at(key_tokens)
         tensors = (query, key, value, empty_value, query_offsets, query_order, key_offsets, key_order)
@@ -296,7 +297,6 @@ _operator = register(
     f"(Tensor? grad_out, Tensor? grad_lse, {_INPUTS_SCHEMA}, Tensor? out, Tensor lse,"
     f" {_GROUPING_SCHEMA}, {_SETTINGS_SCHEMA}, bool[4] output_mask)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_empty_value)",
-    features="query",
     differentiable=("query", "key", "value", "empty_value"),
     save=_save,
     fake=_fake,

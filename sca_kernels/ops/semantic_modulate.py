@@ -124,8 +124,9 @@ def semantic_modulate(
         >>> [round(value, 2) for value in out.flatten().tolist()]
         [8.66, 9.55, 20.45, 21.34]
     """
+    # A call like an earlier one skips the checks and preparations that follow.
     given: Given | None = None
-    if can_be_known(x, layout, labels) and (stats is None or isinstance(stats, tuple)):
+    if can_be_known(_OPERATOR, x, layout, labels) and (stats is None or isinstance(stats, tuple)):
         (cu_latents, _, max_latents), of_latents = look_at(layout)
         (offsets, order, _), of_pixels = look_at(labels)
         tensors = (
@@ -257,7 +258,6 @@ _operator = register(
     f"(Tensor grad_out, {_INPUTS_SCHEMA}, Tensor stats, {_NOISE_SCHEMA}, bool stats_given,"
     f" {_SETTINGS_SCHEMA}, bool[14] output_mask)"
     f" -> ({', '.join(f'Tensor grad_{name}' for name in _DIFFERENTIABLE)})",
-    features="x",
     differentiable=_DIFFERENTIABLE,
     constants=("noise", "noise_seed"),
     differentiable_results=1,

@@ -102,8 +102,9 @@ def semantic_pool(
         >>> semantic_pool(torch.zeros(1, 1, 2, 1), x, LatentLayout((1, 1)), labels).pooled.flatten().tolist()
         [2.0, 4.0]
     """
+    # A call like an earlier one skips the checks and preparations that follow.
     given: Given | None = None
-    if can_be_known(x, layout, labels):
+    if can_be_known(_OPERATOR, x, layout, labels):
         (cu_latents, _, max_latents), of_latents = look_at(layout)
         (offsets, order, _), of_pixels = look_at(labels)
         tensors = (queries, x, cu_latents, offsets, order, row_bias, col_bias)
@@ -310,7 +311,6 @@ _operator = register(
     f" Tensor? grad_second_moment, Tensor queries, Tensor x, {_RESULTS_SCHEMA}, {_GROUPING_SCHEMA},"
     f" {_SETTINGS_SCHEMA}, bool[4] output_mask)"
     " -> (Tensor grad_queries, Tensor grad_x, Tensor grad_row_bias, Tensor grad_col_bias)",
-    features="x",
     differentiable=("queries", "x", "row_bias", "col_bias"),
     save=_save,
     fake=_fake,
