@@ -141,16 +141,15 @@ _OPERATIONS = (
 )
 _MIXED_TILES = (
     "the goal came from a map of rectangles (the row of blocks below): one label in a tile of 8 x 32 pixels. Regions "
-    "leave 2.9 in a tile, which is then turned, so that pixels can be taken one by one: with AVX2 regions and even "
-    "stripes of 16 pixels take "
+    "leave 2.9 in a tile, which is then turned, so that pixels can be taken one by one: regions take "
 )
 _WHY_NOT_LARGE = {
     "semantic_modulate": {
         False: _MIXED_TILES
-        + "1.2 to 1.3 times the time of rectangles. Of the kernel's time 40 % went into turning, which waits for "
-        "lines of 64 planes, 33 % into logits and softmax, 26 % into the modulation (perf, before shuffles that stay "
-        "in 16 bytes took a tenth off); fetching the next tile or planes ahead, leaving tiles of many whole vectors as "
-        "they are, and writing past the caches gained nothing",
+        + "1.2 to 1.5 times the time of rectangles. Profiled (AVX-512, one thread): turning and writing 30 %, "
+        "logits and softmax 20 %, the modulation 17 %, statistics 11 %; of the rest nothing has more than 5 %. Nothing "
+        "gained: parts of vectors of a label's pixels where they lie (1.4 to 1.6 vectors for each vector of pixels), "
+        "tiles of other sizes, squares loaded in units of 16 bytes, fetching further ahead than the next row",
         True: _OPERATIONS,
     },
     "semantic_pool": {False: _MIXED_TILES + "1.5 to 1.8 times the time of rectangles"},
