@@ -146,8 +146,8 @@ _MIXED_TILES = (
 _WHY_NOT_LARGE = {
     "semantic_modulate": {
         False: _MIXED_TILES
-        + "1.2 to 1.5 times the time of rectangles. Profiled (AVX-512, one thread): turning and writing 30 %, "
-        "logits and softmax 20 %, the modulation 17 %, statistics 11 %; of the rest nothing has more than 5 %. Nothing "
+        + "1.2 to 1.5 times the time of rectangles. Profiled (AVX-512, one thread): turning and writing 27 %, "
+        "logits and softmax 24 %, the modulation 23 %, statistics 13 %; of the rest nothing has more than 5 %. Nothing "
         "gained: parts of vectors of a label's pixels where they lie (1.4 to 1.6 vectors for each vector of pixels), "
         "tiles of other sizes, squares loaded in units of 16 bytes, fetching further ahead than the next row",
         True: _OPERATIONS,
@@ -189,7 +189,9 @@ _WHY_OVERHEAD = (
     "profiled: a call like an earlier one skips its checks; half of what is left are steps of Python's interpreter. "
     "To allocate the six results of `semantic_pool` alone takes 0.8 of the time of instance norm, a call of C++. With "
     "gradients, an autograd function of Python that computes nothing takes as long as instance norm where ten tensors "
-    "require gradients and there is one result (`semantic_modulate`), and twice as long with six results that it saves"
+    "require gradients and there is one result (`semantic_modulate`), and twice as long with six that it saves. "
+    "On two threads instance norm takes up to twice as long as on one; beside that on one thread (Intel Xeon, AVX-512) "
+    "`semantic_modulate` takes 2.0 to 2.2 and 3.0 to 3.8 times as long, `semantic_pool` 2.4 to 2.7 and 3.5 to 3.8"
 )
 
 

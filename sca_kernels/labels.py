@@ -19,8 +19,6 @@ from .autocast import without_autocast
 from .label_files import read_label_values
 from .tracing import is_recording, is_tracing
 
-Grouping = tuple[Tensor, Tensor | None, int]
-
 _MAX_PIXELS = 2**31 - 1  # a plan names pixels with 32 bit integers
 
 
@@ -483,15 +481,6 @@ class LatentSelection:
     def labels(self, device: torch.device) -> Tensor:
         """The label of each row, int64 (B, m'); s for padding."""
         return _labels_of_rows(self.cu_latents, self.count).to(device)
-
-
-def grouping(tokens: LabelMap | LatentLayout | LatentSelection, device: torch.device) -> Grouping:
-    """The tokens grouped by label: offsets, order (None where it is the identity) and the most latents of a label."""
-    if isinstance(tokens, LabelMap):
-        plan = tokens.planned().plan
-        assert plan is not None
-        return plan.offsets, plan.order, 0
-    return tokens.offsets(device), None, tokens.max_per_label
 
 
 def labels_of_one_hot(mask: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,31 @@ def empty_modulate_outputs(x: Tensor) -> tuple[Tensor, Tensor]:
     batch, channels, _, _ = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.empty_like(x), x.new_empty((2, batch, channels), dtype=dtype)
+
+
+def empty_modulate_gradients(
+    x: Tensor,
+    of_latents: Sequence[Tensor | None],
+    of_channels: Sequence[Tensor | None],
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Memory for the gradients of ``semantic_modulate``; None for one that is not there, or not wanted.
+
+    Args:
+        x: the feature map.
+        of_latents: tables with rows for latents; their gradients have their shapes.
+        of_channels: tables with numbers for images and channels; their gradients are (B, C), whatever their shapes.
+        output_mask: which are wanted: that of x, then those of the tables.
+    """
+    wants_x, *wanted = output_mask
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    tables = [*of_latents, *of_channels]
+    shapes = [None if table is None else table.shape for table in of_latents] + [x.shape[:2]] * len(of_channels)
+    gradients = (
+        x.new_empty(shape, dtype=dtype) if is_wanted and table is not None and shape is not None else None
+        for table, shape, is_wanted in zip(tables, shapes, wanted, strict=True)
+    )
+    return torch.empty_like(x) if wants_x else None, *gradients
 
 
 def empty_instance_modulate_outputs(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..labels import tile_size
+from ..outputs import empty_modulate_gradients
 from . import Library
 
 
@@ -30,18 +31,11 @@ def semantic_modulate_backward(library: Library, grad_out: Tensor, *arguments: A
     """Returns the gradients of x and of the 13 tables; None for one that is not asked for."""
     *tensors, stats, noise, noise_seed, noise_strength = arguments[:18]
     stats_given, *settings, output_mask = arguments[18:]
-    x, keys = tensors[:2]
+    x = tensors[0]
     of_latents, of_channels = (*tensors[1:4], *tensors[7:10]), (*tensors[10:], stats, stats, noise_strength)
-    wants_x, *mask = output_mask
-    grad_x = library.prepare_result(torch.empty_like(x)) if wants_x else None
-    gradients = [
-        keys.new_empty(table.shape) if wanted and table is not None else None
-        for table, wanted in zip(of_latents, mask[:6], strict=True)
-    ]
-    gradients += [
-        keys.new_empty(x.shape[:2]) if wanted and table is not None else None
-        for table, wanted in zip(of_channels, mask[6:], strict=True)
-    ]
+    gradients = grad_x, *_ = empty_modulate_gradients(x, of_latents, of_channels, output_mask)
+    if grad_x is not None:
+        library.prepare_result(grad_x)
     given = stats if stats_given else None
     library.run(
         "semantic_modulate_backward",
@@ -49,9 +43,9 @@ def semantic_modulate_backward(library: Library, grad_out: Tensor, *arguments: A
         _settings(library, x),
         (*tensors, given, given, noise, noise_seed, noise_strength, *settings),
         (None, stats),
-        (grad_out, grad_x, *gradients),
+        (grad_out, *gradients),
     )
-    return grad_x, *gradients
+    return gradients
 
 
 def _settings(library: Library, x: Tensor) -> tuple[int, ...]:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..labels import LabelMap, LatentLayout, LatentSelection
 
+Grouping = tuple[Tensor, Tensor | None, int]
+
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -166,3 +168,12 @@ def broadcast(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         return tensor.expand(shape)
     except RuntimeError:
         raise ValueError(f"{name}: expected a shape that broadcasts to {shape}, got {tuple(tensor.shape)}") from None
+
+
+def grouping(tokens: LabelMap | LatentLayout | LatentSelection, device: torch.device) -> Grouping:
+    """The tokens grouped by label: offsets, order (None where it is the identity) and the most latents of a label."""
+    if isinstance(tokens, LabelMap):
+        plan = tokens.planned().plan
+        assert plan is not None
+        return plan.offsets, plan.order, 0
+    return tokens.offsets(device), None, tokens.max_per_label

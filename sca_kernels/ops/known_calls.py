@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import backends, cpu
-from ..labels import Grouping, LabelMap, LatentLayout, LatentSelection, grouping
+from ..labels import LabelMap, LatentLayout, LatentSelection
 from ..tracing import PLAIN_CLASSES, something_listens
+from .arguments import Grouping, grouping
 
 _MOST_CALLS = 1024  # of an operator that are remembered
 _CPU = torch.device("cpu")

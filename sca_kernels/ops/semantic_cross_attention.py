@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..labels import LabelMap, LatentLayout, LatentSelection, grouping
+from ..labels import LabelMap, LatentLayout, LatentSelection
 from ..outputs import empty_attention_outputs
 from ..reference import semantic_cross_attention as reference
-from .arguments import TYPES, broadcast, check_empty, check_images, check_selection
+from .arguments import TYPES, broadcast, check_empty, check_images, check_selection, grouping
 from .known_calls import Given, can_be_known, look_at
 from .library import Saved, register
 

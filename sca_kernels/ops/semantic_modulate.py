@@ -9,14 +9,15 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import without_autocast
-from ..labels import LabelMap, LatentLayout, LatentSelection, grouping
-from ..outputs import empty_modulate_outputs
+from ..labels import LabelMap, LatentLayout, LatentSelection
+from ..outputs import empty_modulate_gradients, empty_modulate_outputs
 from ..reference import semantic_modulate as reference
 from .arguments import (
     check_empty,
     check_feature_map,
     check_regions,
     check_table,
+    grouping,
     per_channel,
     prepare_noise,
     prepare_stats,
@@ -227,17 +228,8 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 def _backward_fake(grad_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     keys, scale, shift, _, _, _, *tables, stats, _, _, noise_strength = rest[:17]
-    wants_x, *mask = rest[-1]
     of_latents, of_channels = (keys, scale, shift, *tables[:3]), (*tables[3:], stats, stats, noise_strength)
-    gradients = [
-        keys.new_empty(table.shape) if wanted and table is not None else None
-        for table, wanted in zip(of_latents, mask[:6], strict=True)
-    ]
-    gradients += [
-        keys.new_empty(x.shape[:2]) if wanted and table is not None else None
-        for table, wanted in zip(of_channels, mask[6:], strict=True)
-    ]
-    return torch.empty_like(x) if wants_x else None, *gradients
+    return empty_modulate_gradients(x, of_latents, of_channels, rest[-1])
 
 
 _INPUTS_SCHEMA = (

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import backends
 from ..autocast import without_autocast
-from ..labels import LabelMap, LatentLayout, LatentSelection, grouping
+from ..labels import LabelMap, LatentLayout, LatentSelection
 from ..outputs import empty_pool_outputs
 from ..reference import semantic_pool as reference
-from .arguments import check_empty, check_feature_map, check_regions, check_table
+from .arguments import check_empty, check_feature_map, check_regions, check_table, grouping
 from .known_calls import Given, can_be_known, look_at
 from .library import Saved, register
 
