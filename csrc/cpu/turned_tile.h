@@ -87,9 +87,9 @@ class TurnedTile {
   }
 
   // Calls visit(pixels in the map, the first of them here, first channel, number of pixels) for kLanes channels of each
-  // `kPixels` pixels: a square, or squares side by side. That number is a constant but for the last pixels. All of a few
-  // planes come before the next: planes a power of two apart share sets of the caches, which hold the lines of a few,
-  // and each has pages of its own.
+  // `kPixels` pixels: a square, or squares side by side. That number is a constant but for the last pixels. All of a
+  // few planes come before the next: planes a power of two apart share sets of the caches, which hold the lines of a
+  // few, and each has pages of its own.
   template <int64_t kPixels = kLanes<T>, typename Visit>
   void each_square(const FeatureMap<Scalar>& map, const Rectangle& place, const Visit& visit) const {
     const bool one_line = map.row_stride == place.width;
