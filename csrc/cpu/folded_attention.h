@@ -33,22 +33,28 @@ class FoldedAttention {
 
  protected:
   static constexpr int64_t kMostChunks = 16;
+  // The same where chunks keep partial rows, which shall not outweigh the map; some chunks remain for several threads.
+  static int64_t most_chunks_of_partials(const Call& call) {
+    constexpr int64_t kFewestChunks = 4;
+    const int64_t rows = larger<int64_t>(call.heads * call.latents.count, 1);
+    return smaller(kMostChunks, larger(kFewestChunks, call.pixels.count / rows));
+  }
   // Channels from which on lane sums over a row of them cost less than what they save; more where a map is too large
   // for its tiles to be in the caches.
   static constexpr int64_t kFewestTurned = smaller<int64_t>(4 * kLanes<T>, 32);
   static constexpr int64_t kFewestTurnedOfLarge = smaller<int64_t>(8 * kLanes<T>, 64);
 
   // `blocks`: how many blocks of pixels a thread holds at once.
-  FoldedAttention(const Call& call, int64_t blocks)
+  FoldedAttention(const Call& call, int64_t blocks, int64_t most_chunks)
       : call_(call),
         arena_(call.workspace),
         channel_width_(padded<T>(call.channels)),
         block_(block_pixels<T>(call.channels, blocks)),
         tiles_across_((call.width + call.tile_width - 1) / call.tile_width),
         tiles_(tiles_across_ * ((call.height + call.tile_height - 1) / call.tile_height)),
-        chunks_(smaller(tiles_, kMostChunks)),
+        chunks_(smaller(tiles_, most_chunks)),
         turned_(has_planes(call.x) && call.channels % kLanes<T> == 0 &&
-                call.channels >= (tiles_ == chunks_ ? kFewestTurned : kFewestTurnedOfLarge)),
+                call.channels >= (tiles_ <= kMostChunks ? kFewestTurned : kFewestTurnedOfLarge)),
         occurs_(arena_.template take<int8_t>(call.batch * chunks_ * (call.latents.labels + 1))),
         reached_(arena_.template take<Range>(call.batch * chunks_ * (call.latents.labels + 1))) {}
 

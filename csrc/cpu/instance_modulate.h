@@ -173,21 +173,24 @@ class InstanceModulate {
   void run(const Kernel& kernel, Parts parts) const {
     const int64_t groups = call_.batch * groups_;
     const int64_t chunks_before = parts.before ? chunks_ : 0, chunks_after = parts.after ? chunks_ : 0;
+    const auto start = [&](int64_t group, int) { kernel.start(group); };
+    const auto before = [&](int64_t item, int thread) { kernel.before(item / chunks_, item % chunks_, thread); };
+    const auto middle = [&](int64_t group, int) { kernel.middle(group); };
+    const auto after = [&](int64_t item, int thread) { kernel.after(item / chunks_, item % chunks_, thread); };
     if (call_.threads <= 1 || chunks_ <= 1 || groups >= 4 * call_.threads) {
       parallel_for(groups, call_.threads, [&](int64_t group, int thread) {
-        if (parts.start) kernel.start(group);
-        for (int64_t chunk = 0; chunk < chunks_before; ++chunk) kernel.before(group, chunk, thread);
-        kernel.middle(group);
-        for (int64_t chunk = 0; chunk < chunks_after; ++chunk) kernel.after(group, chunk, thread);
+        const int64_t first = group * chunks_;
+        if (parts.start) run_task(start, group, thread);
+        for (int64_t item = first; item < first + chunks_before; ++item) run_task(before, item, thread);
+        run_task(middle, group, thread);
+        for (int64_t item = first; item < first + chunks_after; ++item) run_task(after, item, thread);
       });
       return;
     }
-    parallel_for(parts.start ? groups : 0, call_.threads, [&](int64_t group, int) { kernel.start(group); });
-    parallel_for(groups * chunks_before, call_.threads,
-                 [&](int64_t item, int thread) { kernel.before(item / chunks_, item % chunks_, thread); });
-    parallel_for(groups, call_.threads, [&](int64_t group, int) { kernel.middle(group); });
-    parallel_for(groups * chunks_after, call_.threads,
-                 [&](int64_t item, int thread) { kernel.after(item / chunks_, item % chunks_, thread); });
+    parallel_for(parts.start ? groups : 0, call_.threads, start);
+    parallel_for(groups * chunks_before, call_.threads, before);
+    parallel_for(groups, call_.threads, middle);
+    parallel_for(groups * chunks_after, call_.threads, after);
   }
 
   // Calls visit(tile) for each tile of a chunk.

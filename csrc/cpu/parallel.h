@@ -7,20 +7,27 @@
 namespace sca::SCA_CPU_CAPABILITY {
 namespace {
 
+// One piece of machine code for any number of threads: compilers contract and vectorise each copy of a text as they
+// like, and copies may differ in the last bits.
+template <typename Task>
+[[gnu::noinline, gnu::noclone]] void run_task(const Task& task, int64_t item, int thread) {
+  task(item, thread);
+}
+
 // Runs task(item, thread) for every item. One thread opens no parallel region: a process forked after an OpenMP region
 // must be able to go on with one thread.
 template <typename Task>
 void parallel_for(int64_t items, int32_t threads, const Task& task) {
   const int64_t team = items < threads ? items : threads;
   if (team <= 1) {
-    for (int64_t item = 0; item < items; ++item) task(item, 0);
+    for (int64_t item = 0; item < items; ++item) run_task(task, item, 0);
     return;
   }
 #pragma omp parallel num_threads(static_cast<int>(team))
   {
     const int thread = omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < items; ++item) task(item, thread);
+    for (int64_t item = 0; item < items; ++item) run_task(task, item, thread);
   }
 }
 

@@ -200,10 +200,8 @@ class Forward : public SemanticCrossAttention<Scalar> {
         value.gather(keys.at(p), count, following, scratch.row_second.memory, scratch.row_second.rows);
         Base::dots_and_fetch(key, keys, p, count, scratch.row_first.rows, scratch.column_first.rows, columns.size(),
                              first_width_, scratch.weights, scratch.next_rows);
-        for (int64_t c = 0; c < columns.size(); ++c) {
-          const T correction = add_to_softmax(scratch.weights + c * kRowBlock, count, kRowBlock, scale, max[c], sum[c]);
-          if (correction != 1) Base::scale(correction, targets[c], second_width_);
-        }
+        add_to_softmax(scratch.weights, kRowBlock, columns.size(), count, kRowBlock, scale, max, sum,
+                       [&](int64_t c, T factor) { Base::scale(factor, targets[c], second_width_); });
         weighted_sum(Write::kAccumulate, Weights<T>{scratch.weights, kRowBlock, 1}, scratch.row_second.rows, count,
                      targets, columns.size(), second_width_);
       }

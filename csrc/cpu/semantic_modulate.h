@@ -19,8 +19,9 @@ class SemanticModulate : public FoldedAttention<Scalar, sca_semantic_modulate> {
  public:
   using typename Base::T;
 
-  SemanticModulate(const sca_semantic_modulate& call, int64_t blocks)
-      : Base(call, blocks), statistics_(arena_, call.x, call.batch, call.channels, call.height, call.width) {
+  SemanticModulate(const sca_semantic_modulate& call, int64_t blocks, int64_t most_chunks)
+      : Base(call, blocks, most_chunks),
+        statistics_(arena_, call.x, call.batch, call.channels, call.height, call.width) {
     uniform_scale_ = arena_.template take<T>(call.batch * call.channels);
     uniform_shift_ = arena_.template take<T>(call.batch * call.channels);
   }

@@ -19,7 +19,7 @@ class Backward : public SemanticModulate<Scalar> {
 
  public:
   Backward(const sca_semantic_modulate& call, const sca_semantic_modulate_gradients& gradients)
-      : Base(call, 4),
+      : Base(call, 4, Base::most_chunks_of_partials(call)),
         gradients_(gradients),
         scale_begin_(Base::channel_width_),
         shift_begin_(scale_begin_ + Base::channel_width_),

@@ -14,7 +14,7 @@ class Forward : public SemanticModulate<Scalar> {
   using Base::call_;
 
  public:
-  explicit Forward(const sca_semantic_modulate& call) : Base(call, 2) {}
+  explicit Forward(const sca_semantic_modulate& call) : Base(call, 2, Base::kMostChunks) {}
 
   int64_t workspace_size() const {
     return Base::arena_.used() + call_.threads * Base::template scratch_size<Scratch>(*this);

@@ -14,7 +14,7 @@ class SemanticPool : public FoldedAttention<Scalar, sca_semantic_pool> {
   using typename Base::T;
 
   explicit SemanticPool(const sca_semantic_pool& call)
-      : Base(call, 2), partials_(Base::make_partials(Base::channel_width_)) {
+      : Base(call, 2, Base::most_chunks_of_partials(call)), partials_(Base::make_partials(Base::channel_width_)) {
     const int64_t chunks = call.batch * Base::chunks_, moments = chunks * call.channels;
     const int64_t rows = chunks * call.heads * call.latents.count;
     max_ = arena_.template take<T>(rows);

@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "semantic_pool.h"
 #include "softmax.h"
 
@@ -69,14 +71,13 @@ class Forward : public SemanticPool<Scalar> {
           add_to_moments(scratch.x, runs.pixels, moments);
           if (count == 0) return;
           Base::make_logits(scratch, runs, image, latents);
-          Base::each_row(latents, [&](int64_t j, int64_t head, int64_t latent) {
-            const int64_t index = Base::partial(image, head, chunk, latent);
-            const T correction = add_to_softmax(scratch.weights.rows[j], runs.pixels, padded<T>(runs.pixels), T(1),
-                                                Base::max_[index], Base::sum_[index]);
-            if (correction != 1) {
-              Base::partials_.scale(scratch.sums[j], correction, reached);
-            }
-          });
+          for (int64_t head = 0; head < call_.heads; ++head) {
+            const int64_t index = Base::partial(image, head, chunk, latents.begin), first = head * latents.size();
+            add_to_softmax(
+                scratch.weights.rows[first], scratch.weights.pitch, latents.size(), runs.pixels, padded<T>(runs.pixels),
+                T(1), Base::max_ + index, Base::sum_ + index,
+                [&](int64_t j, T factor) { Base::partials_.scale(scratch.sums[first + j], factor, reached); });
+          }
           scratch.x.pool(scratch.weights, count, scratch.sums,
                          [&](int64_t row, int64_t i) { upcoming.template fetch<false>(row, i / kLanes<T>); });
           Base::partials_.add_by_position(runs, scratch.weights, count, scratch.sums, first_row, reached);

@@ -156,6 +156,15 @@ inline void stream_fence() {
 #endif
 }
 
+// The first `count` lanes, which may be none or more than there are, and `other` in those behind them.
+template <typename T>
+inline Vector<T> first_or(Vector<T> value, int64_t count, T other) {
+  if (count >= kLanes<T>) return value;
+  T lanes[kLanes<T>];
+  for (int64_t i = 0; i < kLanes<T>; ++i) lanes[i] = static_cast<T>(i);
+  return load(lanes) < static_cast<T>(count) ? value : broadcast<T>(other);
+}
+
 template <typename T>
 inline Vector<T> maximum(Vector<T> a, Vector<T> b) {
   return a > b ? a : b;
@@ -230,25 +239,35 @@ inline void transpose(Vector<T>* square) {
   if constexpr (kShortLanes<T> < kLanes<T>) transpose_units<T, kShortLanes<T>, static_cast<int>(kLanes<T>)>(square);
 }
 
-// Adds up units inside of each span, two vectors at a time.
-template <typename T, int kUnit, int kSpan>
-inline void sum_units(Vector<T>* terms) {
+// Combines units inside of each span, two vectors at a time.
+template <typename T, int kUnit, int kSpan, typename Combine>
+inline void combine_units(Vector<T>* terms, const Combine& combine) {
 #pragma GCC unroll 4
   for (int64_t count = kLanes<T> / kUnit / 2; count >= kLanes<T> / kSpan; count /= 2) {
 #pragma GCC unroll 8
     for (int64_t i = 0; i < count; ++i) {
       const Vector<T> a = terms[2 * i], b = terms[2 * i + 1];
-      terms[i] = shuffle<T, Separated, kUnit, kSpan, 0>(a, b) + shuffle<T, Separated, kUnit, kSpan, 1>(a, b);
+      terms[i] = combine(shuffle<T, Separated, kUnit, kSpan, 0>(a, b), shuffle<T, Separated, kUnit, kSpan, 1>(a, b));
     }
   }
 }
 
-// Lane i of the result is the sum of all lanes of terms[i]. Overwrites terms.
+// Lane i of the result combines all lanes of terms[i]. Overwrites terms.
+template <typename T, typename Combine>
+inline Vector<T> combine_each(Vector<T>* terms, const Combine& combine) {
+  combine_units<T, 1, kShortLanes<T>>(terms, combine);
+  if constexpr (kShortLanes<T> < kLanes<T>) {
+    combine_units<T, kShortLanes<T>, static_cast<int>(kLanes<T>)>(terms, combine);
+  }
+  return terms[0];
+}
 template <typename T>
 inline Vector<T> sum_each(Vector<T>* terms) {
-  sum_units<T, 1, kShortLanes<T>>(terms);
-  if constexpr (kShortLanes<T> < kLanes<T>) sum_units<T, kShortLanes<T>, static_cast<int>(kLanes<T>)>(terms);
-  return terms[0];
+  return combine_each<T>(terms, [](Vector<T> a, Vector<T> b) { return a + b; });
+}
+template <typename T>
+inline Vector<T> max_each(Vector<T>* terms) {
+  return combine_each<T>(terms, maximum<T>);
 }
 
 template <typename T>
@@ -257,16 +276,6 @@ inline T sum_lanes(Vector<T> value) {
   store(lanes, value);
   for (int64_t step = kLanes<T> / 2; step > 0; step /= 2) {
     for (int64_t i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  }
-  return lanes[0];
-}
-
-template <typename T>
-inline T max_lanes(Vector<T> value) {
-  T lanes[kLanes<T>];
-  store(lanes, value);
-  for (int64_t step = kLanes<T> / 2; step > 0; step /= 2) {
-    for (int64_t i = 0; i < step; ++i) lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
   }
   return lanes[0];
 }
