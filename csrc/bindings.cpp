@@ -44,9 +44,10 @@ using SemanticModulate =
 using InstanceModulate =
     Operator<Library, sca_instance_modulate, sca_instance_modulate_gradients, sca_instance_modulate_workspace,
              sca_instance_modulate_backward_workspace, sca_instance_modulate_forward, sca_instance_modulate_backward>;
-using SemanticCrossAttention = Operator<Library, sca_semantic_cross_attention, sca_semantic_cross_attention_gradients,
-                                        sca_semantic_cross_attention_workspace, sca_semantic_cross_attention_workspace,
-                                        sca_semantic_cross_attention_forward, sca_semantic_cross_attention_backward>;
+using SemanticCrossAttention =
+    Operator<Library, sca_semantic_cross_attention, sca_semantic_cross_attention_gradients,
+             sca_semantic_cross_attention_workspace, sca_semantic_cross_attention_backward_workspace,
+             sca_semantic_cross_attention_forward, sca_semantic_cross_attention_backward>;
 
 // The settings of the library, then the members of the structure in its order.
 void label_plan(const py::tuple& values) {

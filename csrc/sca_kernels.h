@@ -179,6 +179,7 @@ int32_t sca_has_cpu_capability(int32_t capability);
 
 int64_t sca_semantic_cross_attention_workspace(const sca_semantic_cross_attention* call, int32_t capability);
 void sca_semantic_cross_attention_forward(const sca_semantic_cross_attention* call, int32_t capability);
+int64_t sca_semantic_cross_attention_backward_workspace(const sca_semantic_cross_attention* call, int32_t capability);
 void sca_semantic_cross_attention_backward(const sca_semantic_cross_attention* call,
                                            const sca_semantic_cross_attention_gradients* gradients, int32_t capability);
 int64_t sca_semantic_pool_workspace(const sca_semantic_pool* call, int32_t capability);

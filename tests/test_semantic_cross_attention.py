@@ -233,9 +233,10 @@ def test_strides_that_differ(native, combination, arrangement, name):
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_any_strides_in_16_bits(native, combination, arrangement, dtype):
-    problem = make_problem(*COMBINATIONS[combination], key_width=16, value_width=17, dtype=dtype)
-    problem = problem.changed(**{name: arrangement(getattr(problem, name)) for name in ARRANGED})
-    assert_at_least_as_accurate(problem, solve(problem.to(torch.float64), "reference"))
+    for value_width in (17, 32):
+        problem = make_problem(*COMBINATIONS[combination], key_width=16, value_width=value_width, dtype=dtype)
+        problem = problem.changed(**{name: arrangement(getattr(problem, name)) for name in ARRANGED})
+        assert_at_least_as_accurate(problem, solve(problem.to(torch.float64), "reference"))
 
 
 @combination

@@ -6,6 +6,7 @@ namespace {
 struct Kernels {
   int64_t (*semantic_cross_attention_workspace)(const sca_semantic_cross_attention&);
   void (*semantic_cross_attention_forward)(const sca_semantic_cross_attention&);
+  int64_t (*semantic_cross_attention_backward_workspace)(const sca_semantic_cross_attention&);
   void (*semantic_cross_attention_backward)(const sca_semantic_cross_attention&,
                                             const sca_semantic_cross_attention_gradients&);
   int64_t (*semantic_pool_workspace)(const sca_semantic_pool&);
@@ -25,39 +26,41 @@ struct Kernels {
 }  // namespace
 
 // A macro because a namespace cannot be a template parameter.
-#define SCA_DECLARE_KERNELS(capability)                                                                  \
-  namespace sca::capability {                                                                            \
-  int64_t semantic_cross_attention_workspace(const sca_semantic_cross_attention&);                       \
-  void semantic_cross_attention_forward(const sca_semantic_cross_attention&);                            \
-  void semantic_cross_attention_backward(const sca_semantic_cross_attention&,                            \
-                                         const sca_semantic_cross_attention_gradients&);                 \
-  int64_t semantic_pool_workspace(const sca_semantic_pool&);                                             \
-  void semantic_pool_forward(const sca_semantic_pool&);                                                  \
-  void semantic_pool_backward(const sca_semantic_pool&, const sca_semantic_pool_gradients&);             \
-  int64_t semantic_modulate_workspace(const sca_semantic_modulate&);                                     \
-  void semantic_modulate_forward(const sca_semantic_modulate&);                                          \
-  int64_t semantic_modulate_backward_workspace(const sca_semantic_modulate&);                            \
-  void semantic_modulate_backward(const sca_semantic_modulate&, const sca_semantic_modulate_gradients&); \
-  int64_t instance_modulate_workspace(const sca_instance_modulate&);                                     \
-  void instance_modulate_forward(const sca_instance_modulate&);                                          \
-  int64_t instance_modulate_backward_workspace(const sca_instance_modulate&);                            \
-  void instance_modulate_backward(const sca_instance_modulate&, const sca_instance_modulate_gradients&); \
-  void label_plan_make(const sca_label_plan&);                                                           \
-  }                                                                                                      \
-  static const Kernels capability##_kernels = {sca::capability::semantic_cross_attention_workspace,      \
-                                               sca::capability::semantic_cross_attention_forward,        \
-                                               sca::capability::semantic_cross_attention_backward,       \
-                                               sca::capability::semantic_pool_workspace,                 \
-                                               sca::capability::semantic_pool_forward,                   \
-                                               sca::capability::semantic_pool_backward,                  \
-                                               sca::capability::semantic_modulate_workspace,             \
-                                               sca::capability::semantic_modulate_forward,               \
-                                               sca::capability::semantic_modulate_backward_workspace,    \
-                                               sca::capability::semantic_modulate_backward,              \
-                                               sca::capability::instance_modulate_workspace,             \
-                                               sca::capability::instance_modulate_forward,               \
-                                               sca::capability::instance_modulate_backward_workspace,    \
-                                               sca::capability::instance_modulate_backward,              \
+#define SCA_DECLARE_KERNELS(capability)                                                                      \
+  namespace sca::capability {                                                                                \
+  int64_t semantic_cross_attention_workspace(const sca_semantic_cross_attention&);                           \
+  void semantic_cross_attention_forward(const sca_semantic_cross_attention&);                                \
+  int64_t semantic_cross_attention_backward_workspace(const sca_semantic_cross_attention&);                  \
+  void semantic_cross_attention_backward(const sca_semantic_cross_attention&,                                \
+                                         const sca_semantic_cross_attention_gradients&);                     \
+  int64_t semantic_pool_workspace(const sca_semantic_pool&);                                                 \
+  void semantic_pool_forward(const sca_semantic_pool&);                                                      \
+  void semantic_pool_backward(const sca_semantic_pool&, const sca_semantic_pool_gradients&);                 \
+  int64_t semantic_modulate_workspace(const sca_semantic_modulate&);                                         \
+  void semantic_modulate_forward(const sca_semantic_modulate&);                                              \
+  int64_t semantic_modulate_backward_workspace(const sca_semantic_modulate&);                                \
+  void semantic_modulate_backward(const sca_semantic_modulate&, const sca_semantic_modulate_gradients&);     \
+  int64_t instance_modulate_workspace(const sca_instance_modulate&);                                         \
+  void instance_modulate_forward(const sca_instance_modulate&);                                              \
+  int64_t instance_modulate_backward_workspace(const sca_instance_modulate&);                                \
+  void instance_modulate_backward(const sca_instance_modulate&, const sca_instance_modulate_gradients&);     \
+  void label_plan_make(const sca_label_plan&);                                                               \
+  }                                                                                                          \
+  static const Kernels capability##_kernels = {sca::capability::semantic_cross_attention_workspace,          \
+                                               sca::capability::semantic_cross_attention_forward,            \
+                                               sca::capability::semantic_cross_attention_backward_workspace, \
+                                               sca::capability::semantic_cross_attention_backward,           \
+                                               sca::capability::semantic_pool_workspace,                     \
+                                               sca::capability::semantic_pool_forward,                       \
+                                               sca::capability::semantic_pool_backward,                      \
+                                               sca::capability::semantic_modulate_workspace,                 \
+                                               sca::capability::semantic_modulate_forward,                   \
+                                               sca::capability::semantic_modulate_backward_workspace,        \
+                                               sca::capability::semantic_modulate_backward,                  \
+                                               sca::capability::instance_modulate_workspace,                 \
+                                               sca::capability::instance_modulate_forward,                   \
+                                               sca::capability::instance_modulate_backward_workspace,        \
+                                               sca::capability::instance_modulate_backward,                  \
                                                sca::capability::label_plan_make};
 
 SCA_DECLARE_KERNELS(baseline)
@@ -103,6 +106,10 @@ int64_t sca_semantic_cross_attention_workspace(const sca_semantic_cross_attentio
 
 void sca_semantic_cross_attention_forward(const sca_semantic_cross_attention* call, int32_t capability) {
   kernels(capability)->semantic_cross_attention_forward(*call);
+}
+
+int64_t sca_semantic_cross_attention_backward_workspace(const sca_semantic_cross_attention* call, int32_t capability) {
+  return kernels(capability)->semantic_cross_attention_backward_workspace(*call);
 }
 
 void sca_semantic_cross_attention_backward(const sca_semantic_cross_attention* call,

@@ -165,19 +165,9 @@ struct Matrix {
       }
       return;
     }
-    for (int64_t i = 0; i < count; i += kLanes<Compute>) {
-      const Positions group = {tokens.order, tokens.begin + i};
-      const int64_t size = count - i < kLanes<Compute> ? count - i : kLanes<Compute>;
-      const bool squares = size == kLanes<Compute> && consecutive(group);
-      const int64_t in_squares = squares ? width / kLanes<Compute> * kLanes<Compute> : 0;
-      const int64_t next = i + kLanes<Compute> < count + following ? tokens[i + kLanes<Compute>] : group[0];
-      for (int64_t c = 0; c < in_squares; c += kLanes<Compute>) {
-        gather_square(group[0], next, c, rows + i);
-      }
-      for (int64_t c = in_squares; c < width; ++c) {
-        const Scalar* source = data + c * channel_stride;
-        for (int64_t k = 0; k < size; ++k) rows[i + k][c] = widen(source[group[k] * token_stride]);
-      }
+    for (int64_t c = 0; c < width; ++c) {
+      const Scalar* source = data + c * channel_stride;
+      for (int64_t i = 0; i < count; ++i) rows[i][c] = widen(source[tokens[i] * token_stride]);
     }
   }
 
@@ -203,57 +193,13 @@ struct Matrix {
       }
       return;
     }
-    for (int64_t i = 0; i < count; i += kLanes<Compute>) {
-      const Positions group = {tokens.order, tokens.begin + i};
-      const int64_t size = count - i < kLanes<Compute> ? count - i : kLanes<Compute>;
-      const bool squares = size == kLanes<Compute> && consecutive(group);
-      const int64_t in_squares = squares ? width / kLanes<Compute> * kLanes<Compute> : 0;
-      const Compute* rows = scratch + i * stride;
-      for (int64_t c = 0; c < in_squares; c += kLanes<Compute>) scatter_square(group[0], c, rows, stride);
-      for (int64_t c = in_squares; c < width; ++c) {
-        Scalar* target = data + c * channel_stride;
-        for (int64_t k = 0; k < size; ++k) target[group[k] * token_stride] = narrow<Scalar>(rows[k * stride + c]);
-      }
+    for (int64_t c = 0; c < width; ++c) {
+      Scalar* target = data + c * channel_stride;
+      for (int64_t i = 0; i < count; ++i) target[tokens[i] * token_stride] = narrow<Scalar>(scratch[i * stride + c]);
     }
   }
 
  private:
-  // Whether a channel of the next kLanes tokens is one vector in memory.
-  bool consecutive(Positions tokens) const {
-    bool result = token_stride == 1;
-    for (int64_t i = 1; i < kLanes<Compute>; ++i) result &= tokens[i] == tokens[0] + i;
-    return result;
-  }
-
-  void gather_square(int64_t token, int64_t next_token, int64_t channel, Compute* const* rows) const {
-    Vector<Compute> square[kLanes<Compute>];
-#pragma GCC unroll 16
-    for (int64_t k = 0; k < kLanes<Compute>; ++k) {
-      const Scalar* source = data + (channel + k) * channel_stride;
-      prefetch(source + next_token);
-      Compute lanes[kLanes<Compute>];
-      for (int64_t i = 0; i < kLanes<Compute>; ++i) lanes[i] = widen(source[token + i]);
-      square[k] = load(lanes);
-    }
-    transpose<Compute>(square);
-#pragma GCC unroll 16
-    for (int64_t k = 0; k < kLanes<Compute>; ++k) store<Compute>(rows[k] + channel, square[k]);
-  }
-
-  void scatter_square(int64_t token, int64_t channel, const Compute* rows, int64_t row_stride) const {
-    Vector<Compute> square[kLanes<Compute>];
-#pragma GCC unroll 16
-    for (int64_t k = 0; k < kLanes<Compute>; ++k) square[k] = load(rows + k * row_stride + channel);
-    transpose<Compute>(square);
-#pragma GCC unroll 16
-    for (int64_t k = 0; k < kLanes<Compute>; ++k) {
-      Compute lanes[kLanes<Compute>];
-      store<Compute>(lanes, square[k]);
-      Scalar* target = data + (channel + k) * channel_stride + token;
-      for (int64_t i = 0; i < kLanes<Compute>; ++i) target[i] = narrow<Scalar>(lanes[i]);
-    }
-  }
-
   void fetch_row(int64_t token) const {
     const char* row = reinterpret_cast<const char*>(data + token * token_stride);
     for (int64_t byte = 0; byte < width * int64_t{sizeof(Scalar)}; byte += 64) prefetch(row + byte);

@@ -9,6 +9,7 @@
 #include "parallel.h"
 #include "products.h"
 #include "tokens.h"
+#include "turned_tokens.h"
 
 namespace sca::SCA_CPU_CAPABILITY {
 namespace {
@@ -30,6 +31,38 @@ inline int64_t chunk_size(const sca_semantic_cross_attention& call) {
 inline int64_t chunk_count(const sca_semantic_cross_attention& call, const sca_tokens& tokens) {
   const int64_t size = chunk_size(call);
   return (tokens.count + size - 1) / size;
+}
+
+// A call whose tensors have adjacent channels, as far as they can be turned; those lie before the rest of the
+// workspace.
+template <typename Scalar>
+class TurnedCall {
+ public:
+  explicit TurnedCall(const sca_semantic_cross_attention& given)
+      : given_(given), call_(given), turned_(given.workspace, given.batch, given.heads, given.threads) {
+    call_.query = turned_.operand(given.query, queries(), given.key_width);
+    call_.key = turned_.operand(given.key, keys(), given.key_width);
+    call_.value = turned_.operand(given.value, keys(), given.value_width);
+  }
+
+ protected:
+  int64_t queries() const { return given_.query_tokens.count; }
+  int64_t keys() const { return given_.key_tokens.count; }
+  // After all that is turned.
+  const sca_semantic_cross_attention& call() {
+    if (given_.workspace) call_.workspace = static_cast<char*>(given_.workspace) + turned_.used();
+    return call_;
+  }
+
+  const sca_semantic_cross_attention given_;
+  sca_semantic_cross_attention call_;
+  TurnedTokens<Scalar> turned_;
+};
+
+// The same call without memory: only its sizes can be asked for.
+inline sca_semantic_cross_attention without_memory(sca_semantic_cross_attention call) {
+  call.workspace = nullptr;
+  return call;
 }
 
 // A block of rows: pointers to them, and memory for those that cannot be used where they lie.

@@ -388,11 +388,62 @@ class Backward : public SemanticCrossAttention<Scalar> {
   bool spread_ = false;  // whether values get a share of the gradients of queries without keys
 };
 
+template <typename Scalar>
+class TurnedBackward : public TurnedCall<Scalar> {
+  using Base = TurnedCall<Scalar>;
+  using Base::call_;
+  using Base::given_;
+  using Base::turned_;
+
+ public:
+  // The workspace has room for gradients that lie in memory as their tensors do, that of the output as the query does;
+  // others stay as they are.
+  TurnedBackward(const sca_semantic_cross_attention& given, const sca_semantic_cross_attention_gradients& gradients)
+      : Base(given), given_gradients_(gradients), gradients_(gradients) {
+    if (!are_latents(given.key_tokens)) call_.out = turned_.operand(given.out, Base::queries(), given.value_width);
+    if (turned_.turns(given.query, Base::queries(), given.value_width)) {
+      gradients_.grad_out = turned_.operand(gradients.grad_out, Base::queries(), given.value_width);
+    }
+    each_gradient(
+        [&](const sca_tensor& tensor, const sca_tensor& gradient, sca_tensor& turned, int64_t tokens, int64_t width) {
+          if (turned_.turns(tensor, tokens, width)) turned = turned_.result(gradient, tokens, width);
+        });
+  }
+
+  int64_t workspace_size() { return turned_.used() + SemanticCrossAttention<Scalar>(Base::call()).workspace_size(); }
+  void run() {
+    Backward<Scalar>(Base::call(), gradients_).run();
+    each_gradient([&](const sca_tensor&, const sca_tensor& gradient, const sca_tensor& turned, int64_t tokens,
+                      int64_t width) { turned_.write(turned, gradient, tokens, width); });
+  }
+
+ private:
+  template <typename Visit>
+  void each_gradient(const Visit& visit) {
+    visit(given_.query, given_gradients_.grad_query, gradients_.grad_query, Base::queries(), given_.key_width);
+    visit(given_.key, given_gradients_.grad_key, gradients_.grad_key, Base::keys(), given_.key_width);
+    visit(given_.value, given_gradients_.grad_value, gradients_.grad_value, Base::keys(), given_.value_width);
+  }
+
+  const sca_semantic_cross_attention_gradients given_gradients_;
+  sca_semantic_cross_attention_gradients gradients_;
+};
+
 }  // namespace
+
+int64_t semantic_cross_attention_backward_workspace(const sca_semantic_cross_attention& call) {
+  const sca_semantic_cross_attention_gradients gradients{call.query, nullptr,    call.query,
+                                                         call.key,   call.value, nullptr};
+  int64_t size = 0;
+  with_scalar_type(call.scalar_type, [&](auto scalar) {
+    size = TurnedBackward<decltype(scalar)>(without_memory(call), gradients).workspace_size();
+  });
+  return size;
+}
 
 void semantic_cross_attention_backward(const sca_semantic_cross_attention& call,
                                        const sca_semantic_cross_attention_gradients& gradients) {
-  with_scalar_type(call.scalar_type, [&](auto scalar) { Backward<decltype(scalar)>(call, gradients).run(); });
+  with_scalar_type(call.scalar_type, [&](auto scalar) { TurnedBackward<decltype(scalar)>(call, gradients).run(); });
 }
 
 }  // namespace sca::SCA_CPU_CAPABILITY

@@ -240,17 +240,36 @@ class Forward : public SemanticCrossAttention<Scalar> {
   }
 };
 
+template <typename Scalar>
+class TurnedForward : public TurnedCall<Scalar> {
+  using Base = TurnedCall<Scalar>;
+  using Base::call_;
+  using Base::given_;
+  using Base::turned_;
+
+ public:
+  explicit TurnedForward(const sca_semantic_cross_attention& given) : Base(given) {
+    call_.out = turned_.result(given.out, Base::queries(), given.value_width);
+  }
+
+  int64_t workspace_size() { return turned_.used() + Forward<Scalar>(Base::call()).workspace_size(); }
+  void run() {
+    Forward<Scalar>(Base::call()).run();
+    turned_.write(call_.out, given_.out, Base::queries(), given_.value_width);
+  }
+};
+
 }  // namespace
 
 int64_t semantic_cross_attention_workspace(const sca_semantic_cross_attention& call) {
   int64_t size = 0;
   with_scalar_type(call.scalar_type,
-                   [&](auto scalar) { size = SemanticCrossAttention<decltype(scalar)>(call).workspace_size(); });
+                   [&](auto scalar) { size = TurnedForward<decltype(scalar)>(without_memory(call)).workspace_size(); });
   return size;
 }
 
 void semantic_cross_attention_forward(const sca_semantic_cross_attention& call) {
-  with_scalar_type(call.scalar_type, [&](auto scalar) { Forward<decltype(scalar)>(call).run(); });
+  with_scalar_type(call.scalar_type, [&](auto scalar) { TurnedForward<decltype(scalar)>(call).run(); });
 }
 
 }  // namespace sca::SCA_CPU_CAPABILITY

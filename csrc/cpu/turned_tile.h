@@ -13,23 +13,24 @@ namespace {
 // Whether pixels of a row are adjacent, and channels are not.
 inline bool has_planes(const sca_feature_map& map) { return map.column_stride == 1 && map.channel_stride != 1; }
 
-template <typename Scalar>
+// Of a map of Scalar, kept as numbers of another type: that which is computed in, unless it is only turned.
+template <typename Scalar, typename Kept = ComputeType<Scalar>>
 class TurnedTile {
  public:
   using T = ComputeType<Scalar>;
 
   // Whole vectors of channels, at most `pixels` pixels.
   TurnedTile(Arena& arena, int64_t channels, int64_t pixels)
-      : channels_(channels), memory_(arena.take<T>(channels * pixels)) {}
+      : channels_(channels), memory_(arena.take<Kept>(channels * pixels)) {}
 
   // The image with its pixels in this place where they lie here.
-  FeatureMap<T> map(const Rectangle& place) const {
+  FeatureMap<Kept> map(const Rectangle& place) const {
     const int64_t row_stride = place.width * channels_;
     return {memory_ - place.row * row_stride - place.column * channels_, channels_, 1, row_stride, channels_};
   }
 
   void load(const FeatureMap<Scalar>& map, const Rectangle& place) const {
-    each_square(map, place, [&](Scalar* pixels, T* turned, int64_t channel, auto count) {
+    each_square(map, place, [&](const Scalar* pixels, Kept* turned, int64_t channel, auto count) {
       Vector<T> square[kLanes<T>];
 #pragma GCC unroll 16
       for (int64_t k = 0; k < kLanes<T>; ++k) {
@@ -38,7 +39,7 @@ class TurnedTile {
         square[k] = load_widened(source, count);
       }
       transpose<T>(square);
-      for (int64_t k = 0; k < count; ++k) store<T>(turned + k * channels_ + channel, square[k]);
+      for (int64_t k = 0; k < count; ++k) store_narrowed(turned + k * channels_ + channel, square[k]);
     });
   }
 
@@ -51,9 +52,9 @@ class TurnedTile {
         return;
       }
     }
-    each_square(map, place, [&](Scalar* pixels, const T* turned, int64_t channel, auto count) {
+    each_square(map, place, [&](Scalar* pixels, const Kept* turned, int64_t channel, auto count) {
       Vector<T> square[kLanes<T>] = {};
-      for (int64_t k = 0; k < count; ++k) square[k] = sca::SCA_CPU_CAPABILITY::load(turned + k * channels_ + channel);
+      for (int64_t k = 0; k < count; ++k) square[k] = load_widened(turned + k * channels_ + channel);
       transpose<T>(square);
 #pragma GCC unroll 16
       for (int64_t k = 0; k < kLanes<T>; ++k) {
@@ -97,7 +98,7 @@ class TurnedTile {
     for (int64_t channel = 0; channel < channels_; channel += kLanes<T>) {
       for (int64_t line = 0; line < lines; ++line) {
         Scalar* pixels = map.at(place.row + line, place.column);
-        T* turned = memory_ + line * size * channels_;
+        Kept* turned = memory_ + line * size * channels_;
         int64_t i = 0;
         for (; i + kPixels <= size; i += kPixels) {
           visit(pixels + i, turned + i * channels_, channel, std::integral_constant<int64_t, kPixels>{});
@@ -108,7 +109,7 @@ class TurnedTile {
   }
 
   int64_t channels_;
-  T* memory_;
+  Kept* memory_;
 };
 
 }  // namespace
