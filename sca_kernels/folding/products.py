@@ -3,12 +3,14 @@
 On x86 PyTorch multiplies float32 matrices with MKL, and oneDNN, which it carries as well, takes half the time or less
 where the processor has AVX-512 and MKL does not use it (2 cores of an EPYC: 110 against 260 billion multiply-adds in a
 second). It is used there for plain calls; whatever is compiled, transformed or not float32 goes through
-``torch.nn.functional.linear``. With AVX2 alone MKL is the quicker one, by up to a half.
+``torch.nn.functional.linear``. With AVX2 alone MKL is the quicker one, by up to a half. On processors of Intel, whose
+AVX-512 MKL does use, PyTorch's own function takes 0.8 to 1 of the time, and with gradients 0.5 to 0.8.
 """
 
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +23,20 @@ from ..tracing import is_plain_call
 # Below it both are equally fast, and MKL wakes no other thread.
 _FEWEST_MULTIPLY_ADDS = 1 << 20
 
+
+def _is_of_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "GenuineIntel" in platform.processor()
+
+
 _has_onednn = (
     torch.backends.mkldnn.is_available()
     and platform.machine() in ("x86_64", "AMD64")
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-_prefers_onednn = _has_onednn and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_prefers_onednn = _has_onednn and torch.backends.cpu.get_cpu_capability() == "AVX512" and not _is_of_intel()
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
